@@ -12,6 +12,7 @@ mask (N, T) -> shuffled batches -> the script's loop. Nothing here calls back in
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import inspect
 import json
@@ -130,8 +131,8 @@ def load_tensors(path, device="cpu"):
 ALWAYS_FREE = {"resume", "run", "overwrite", "eval", "cache", "log_every", "save_every", "device", "lm_batch"}
 POSITIVE = {"tokens", "heldout_tokens", "T", "expansion", "k", "batch_size", "lm_batch", "buffer", "lr",
             "log_every", "save_every"}
-SYNTHETIC_PRESET = dict(tokens=65_536, heldout_tokens=8_192, T=64, steps=1500, batch_size=16)
-EVALUATIONS = ("core", "temporal", "probing", "unlearning", "none")
+SYNTHETIC_PRESET = dict(tokens=65_536, heldout_tokens=8_192, T=64, steps=1500, batch_size=16, lr=3e-3)
+EVALUATIONS = ("core", "reconstruction", "temporal", "probing", "unlearning", "none")
 
 
 def field_comments(Config):
@@ -299,8 +300,12 @@ def accumulate(sums, terms, **more):
         sums[name] = sums.get(name, 0.0) + value.detach()
 
 
-def assert_gradients(module):
-    """After the first backward pass: every trained parameter has a finite, non-zero gradient."""
+def assert_gradients(module, sums):
+    """After the first backward pass: each term of the loss is finite, each trained parameter's gradient too,
+    and none of them is zero."""
+    for name, value in sums.items():
+        if not math.isfinite(value):
+            raise UserError(f"the term {name!r} of the loss is {float(value)} at the first step.")
     for name, p in module.named_parameters():
         if p.requires_grad:
             assert p.grad is not None, f"{name} got no gradient: it is not part of the loss"
@@ -382,26 +387,27 @@ def hub_reachable(seconds=5):
     """Whether the model hub answers at all; where not, transformers is told to stay offline (no retries)."""
     import urllib.error
     import urllib.request
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return False
-    try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
-    except urllib.error.HTTPError:
-        return True
-    except Exception:            # any failure to connect means the same here
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        if "huggingface_hub" in sys.modules:
-            sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
-        return False
-    return True
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
+        try:
+            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+            return True
+        except urllib.error.HTTPError:
+            return True
+        except Exception:            # any failure to connect means the same here
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    import huggingface_hub.constants
+    huggingface_hub.constants.HF_HUB_OFFLINE = True      # it read the environment when it was imported
+    return False
 
 
-def load_lm(cfg):
-    """Load the language model of cfg.model (see DESIGN in README.md): 'auto' or a name or a local path."""
-    device = pick_device(cfg.device)
-    dtype, reason = pick_dtype(cfg.dtype, device)
-    online = None
-    if cfg.model == "auto":
+@functools.lru_cache(maxsize=1)
+def load_lm(name, device, dtype):
+    """Load the language model `name`: 'auto', a hub name or a local path. The last one is kept in memory.
+
+    auto: Gemma-2-2B where there is a CUDA GPU and its weights can be had, SmolLM2-135M-Instruct otherwise.
+    """
+    dtype, reason = pick_dtype(dtype, device)
+    if name == "auto":
         online = hub_reachable()
         if device.type == "cuda":
             try:
@@ -414,10 +420,10 @@ def load_lm(cfg):
         why = "no CUDA GPU" if device.type == "cpu" else "Gemma-2-2B cannot be had"
         say(f"model: SmolLM2-135M-Instruct ({lm.revision}) in {str(dtype)[6:]} on {device} ({why}; {reason})")
         return lm
-    if not Path(cfg.model).exists():
+    if not Path(name).exists():
         hub_reachable()
-    lm = load_transformers(cfg.model, device, dtype)
-    say(f"model: {cfg.model} in {str(dtype)[6:]} on {device} ({reason})")
+    lm = load_transformers(name, device, dtype)
+    say(f"model: {name} in {str(dtype)[6:]} on {device} ({reason})")
     return lm
 
 
@@ -861,8 +867,7 @@ def open_activations(cfg):
         yield synthetic_activations(cfg)
         return
     layers = parse_layers(cfg.layer)
-    globals()["LAYERS"] = cfg.layer
-    lm = load_lm(cfg)
+    lm = load_lm(cfg.model, pick_device(cfg.device), cfg.dtype)
     if max(layers) >= lm.n_layers:
         raise UserError(f"--layer {max(layers)} is out of range: {lm.name} has blocks 0 to {lm.n_layers - 1}.")
     cfg = resolve_data(cfg, lm)
@@ -871,7 +876,7 @@ def open_activations(cfg):
     thresholds = {layer: store.threshold for layer, store in train.items()}
     held = open_stores(cfg, lm, layers, "heldout", thresholds)
     for layer in layers:
-        yield Activations(cfg, lm, layer, train[layer], held[layer])
+        yield Activations(cfg, lm, layer, train[layer], held[layer], several=len(layers) > 1)
 
 
 class Activations:
@@ -882,8 +887,8 @@ class Activations:
     seed and the step, so a resumed run sees what an uninterrupted one would.
     """
 
-    def __init__(self, cfg, lm, layer, train, heldout, truth=None):
-        self.cfg, self.lm, self.layer, self.truth = cfg, lm, layer, truth
+    def __init__(self, cfg, lm, layer, train, heldout, truth=None, several=False):
+        self.cfg, self.lm, self.layer, self.truth, self.several = cfg, lm, layer, truth, several
         self.train_store, self.heldout_store = train, heldout
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)[0] if lm is None else lm.dtype
@@ -962,7 +967,7 @@ class Activations:
 TIME_CONSTANTS = (1, 4, 16, 64)      # mean number of tokens a feature stays on
 
 
-def make_synthetic(n, T, seed, D=64, n_features=64, active=4.0, noise=0.01):
+def make_synthetic(n, T, seed, D=64, n_features=32, active=3.0, noise=0.01):
     """Sequences from known features -> x (n, T, D), dictionary (n_features, D), time constant of each.
 
     Feature i switches on and off as a two-state Markov chain with mean duration tau_i and a stationary
@@ -1059,11 +1064,11 @@ class Run:
         name = f"{self.script}-{variant}-{model}-L{acts.layer}-s{cfg.seed}"
         auto = cfg.out == "auto"
         self.dir = Path("runs") / name if auto else Path(cfg.out)
-        if not auto and not (cfg.resume or cfg.run) and len(parse_layers(LAYERS or cfg.layer)) > 1:
+        if not auto and not (cfg.resume or cfg.run) and acts.several:
             self.dir = self.dir / f"L{acts.layer}"       # several layers, one folder given
         self.start, self.total, self.log_bytes, self.sums = 0, acts.steps, 0, {}
         self.finished = (self.dir / "eval.json").exists()
-        self.bar, self.stop, self.clock, self.tokens = None, False, None, 0
+        self.bar, self.stop, self.clock, self.train_seconds = None, False, None, None
         if cfg.run:
             if not self.finished:
                 raise UserError(f"{self.dir} is not a finished run; continue it with --resume {self.dir}.")
@@ -1143,6 +1148,7 @@ class Run:
                     self.save(step + 1)
                     raise Interrupted(f"stopped and saved after step {step + 1}; continue with --resume {self.dir}")
             if self.total > self.start:
+                self.train_seconds = round(time.perf_counter() - self.clock, 1)
                 self.save(self.total)
         finally:
             self.bar.close()
@@ -1221,14 +1227,15 @@ class Run:
             if not self.cfg.run:
                 self.save_weights()
             for name in which:
-                results[name] = EVALUATE[name](self.sae, self.acts)
+                key = "core" if name == "reconstruction" else name
+                results[key] = EVALUATE[name](self.sae, self.acts)
             if self.acts.truth is not None and which:
                 results["recovery"] = recovery(self.sae, self.acts.truth)
             if extra is not None and which:
                 results.update(extra(self.sae, self.acts))
             results.setdefault("steps", self.total)
-            if self.clock is not None and self.total > self.start:
-                results["train_seconds"] = round(time.perf_counter() - self.clock, 1)
+            if self.train_seconds is not None:
+                results["train_seconds"] = self.train_seconds
             write_json(self.dir / "eval.json", results)
             (self.dir / "checkpoint.safetensors").unlink(missing_ok=True)
             plot_training(self.dir)
@@ -1237,78 +1244,82 @@ class Run:
         return results
 
 
-LAYERS = None      # the --layer list of the command line, set by open_activations
-
-
 # ---------------------------------------------------------------------------------------------
 # Evaluation: core and temporal metrics
 # ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def core(sae, acts, ce_windows=32):
+def core(sae, acts, ce_windows=16):
     """Core metrics on the held-out windows; with a language model also cross-entropy and KL (splice_metrics)."""
-    def batches():
-        for x, mask in acts.heldout():
-            x_hat, f = sae(x, mask)
-            yield x, x_hat.float(), f.float(), mask
-    out = core_metrics(batches(), sae.W_dec.detach(), getattr(sae, "W_enc", None))
+    out = reconstruction(sae, acts)
     if acts.lm is not None:
         out.update(splice_metrics(sae, acts, ce_windows))
     return out
 
 
 @torch.no_grad()
+def reconstruction(sae, acts):
+    """The core metrics that need no language model."""
+    def batches():
+        for x, mask in acts.heldout():
+            x_hat, f = sae(x, mask)
+            yield x, x_hat.float(), f.float(), mask
+    return core_metrics(batches(), sae.W_dec.detach(), getattr(sae, "W_enc", None))
+
+
+@torch.no_grad()
 def core_metrics(batches, W_dec=None, W_enc=None):
     """Reconstruction and sparsity metrics over batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)).
 
-    Correct values over the whole sample: EV = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2; MSE is a mean
-    over tokens and dimensions (raw units squared). Under the names of SAEBench 0.6.0 (sae_bench/evals/core)
-    stand its own formulas, which average over batches and depend on the batch size:
-    explained_variance (nearly a variance about zero), explained_variance_legacy, mse (divided by the number
-    of tokens of the batch once more) and relative_reconstruction_bias.
+    EV = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2 over the whole sample; MSE: mean over tokens and dimensions
+    (raw units squared); relative_reconstruction_bias = sum ||x_hat||^2 / sum x.x_hat; the others are means over
+    tokens. The entry "saebench" holds what SAEBench 0.6.0 (sae_bench/evals/core) computes, under its names. It
+    differs: explained_variance = 1 - R / (S - (S / D)^2) with S, R means over batches of mean ||x||^2 and mean
+    ||x - x_hat||^2, nearly a variance about zero, so inflated and above 1 where a sink is counted;
+    explained_variance_legacy averages 1 - error / distance to the batch's mean over tokens; mse divides by the
+    number of tokens of the batch once more, so it depends on the batch size; the bias is a mean of batch ratios.
     """
-    n = 0
-    sums = dict.fromkeys(("error", "square", "L0", "L1", "cosine", "l2_ratio", "l2_norm_in", "l2_norm_out"), 0.0)
-    per_batch = {name: [] for name in ("explained_variance", "explained_variance_legacy", "mse",
-                                       "relative_reconstruction_bias")}
-    mean, active, mass = 0.0, 0.0, 0.0
+    n, mean, active, mass = 0, 0.0, 0.0, 0.0
+    names = ("error", "square", "dot", "out", "L0", "L1", "cosine", "l2_ratio", "l2_norm_in", "l2_norm_out",
+             "legacy", "mse")
+    sums, per_batch = dict.fromkeys(names, 0.0), []
     for x, x_hat, f, mask in batches:
         x, x_hat, f = x[mask].double(), x_hat[mask].double(), f[mask]
         if len(x) == 0:
             continue
-        error, square = (x - x_hat).pow(2).sum(-1), x.pow(2).sum(-1)
-        norm_in, norm_out = x.norm(dim=-1), x_hat.norm(dim=-1)
-        n += len(x)
-        mean = mean + x.sum(0)
-        for name, value in (("error", error), ("square", square), ("L0", (f != 0).sum(-1)), ("L1", f.sum(-1)),
-                            ("cosine", F.cosine_similarity(x, x_hat, dim=-1)), ("l2_ratio", norm_out / norm_in),
-                            ("l2_norm_in", norm_in), ("l2_norm_out", norm_out)):
-            sums[name] += value.double().sum().item()
-        active, mass = active + (f > 0).double().sum(0), mass + f.double().sum(0)
+        error, square, out = ((v * v).sum(-1) for v in (x - x_hat, x, x_hat))
+        dot = (x * x_hat).sum(-1)
         centred = (x - x.mean(0)).pow(2).sum(-1)
-        per_batch["explained_variance_legacy"].append((1 - error / centred).mean().item())
-        per_batch["mse"].append((error / len(x)).mean().item())
-        dot = (x * x_hat).sum(-1).mean()
-        per_batch["relative_reconstruction_bias"].append((x_hat.pow(2).sum(-1).mean() / dot).item())
-    density = active / max(n, 1)
-    variance = sums["square"] - (mean.pow(2).sum() / n).item()
-    D = mean.shape[0]
-    out = {"EV": 1 - sums["error"] / variance, "MSE": sums["error"] / (n * D),
-           **{name: sums[name] / n for name in ("L0", "L1", "cosine", "l2_ratio", "l2_norm_in", "l2_norm_out")},
-           "dead": (active == 0).double().mean().item(), "dense": (density > 0.1).double().mean().item(),
-           "freq_over_1_percent": (density > 0.01).double().mean().item(),
-           "freq_over_10_percent": (density > 0.1).double().mean().item(), "frac_alive": (active > 0).double().mean().item(),
-           "tokens": n}
-    out["sparsity_inactive"] = 1 - out["L0"] / len(active)
-    for name, values in per_batch.items():
-        if values:
-            out[name] = float(np.mean(values))
+        values = (error, square, dot, out, (f != 0).sum(-1), f.sum(-1), dot / (square * out).sqrt(),
+                  (out / square).sqrt(), square.sqrt(), out.sqrt(), 1 - error / centred, error / len(x))
+        for name, value in zip(names, values):
+            sums[name] += value.double().sum().item()
+        per_batch.append([v.mean().item() for v in (square, error)] + [(out.mean() / dot.mean()).item()])
+        n, mean = n + len(x), mean + x.sum(0)
+        active, mass = active + (f > 0).double().sum(0), mass + f.double().sum(0)
+    density, D = active / max(n, 1), len(mean)
+    S, R, bias = np.mean(per_batch, axis=0).tolist()
+    token_means = {name: sums[name] / n for name in names}
+    result = {"EV": 1 - sums["error"] / (sums["square"] - (mean.pow(2).sum() / n).item()),
+              "MSE": sums["error"] / (n * D), **{k: token_means[k] for k in ("L0", "L1", "cosine", "l2_ratio")},
+              "relative_reconstruction_bias": sums["out"] / sums["dot"] if sums["dot"] else math.nan,
+              "inactive": 1 - token_means["L0"] / len(active), "dead": (active == 0).double().mean().item(),
+              "dense": (density > 0.1).double().mean().item(), "tokens": n}
+    share = density / density.sum().clamp(min=1e-300)
+    bench = {"l0": token_means["L0"], "l1": token_means["L1"], "l2_norm_in": token_means["l2_norm_in"],
+             "l2_norm_out": token_means["l2_norm_out"], "l2_ratio": token_means["l2_ratio"],
+             "cossim": token_means["cosine"], "mse": token_means["mse"], "relative_reconstruction_bias": bias,
+             "explained_variance": 1 - R / (S - (S / D) ** 2), "explained_variance_legacy": token_means["legacy"],
+             "frac_alive": (density > 0).double().mean().item()}
+    for label, level in (("1", 0.01), ("10", 0.1)):
+        bench[f"freq_over_{label}_percent"] = (density > level).double().mean().item()
+        bench[f"normalized_freq_over_{label}_percent"] = share[density > level].sum().item()
     if W_dec is not None:
-        out["max_decoder_cosine"] = max_cosine(W_dec).mean().item()
-    if W_enc is not None and W_enc.shape[1] == W_dec.shape[0]:
-        out["max_encoder_cosine"] = max_cosine(W_enc.detach().t()).mean().item()
-    return out
+        bench["average_max_decoder_cosine_sim"] = max_cosine(W_dec).mean().item()
+    if W_enc is not None and W_dec is not None and W_enc.shape == W_dec.t().shape:
+        bench["average_max_encoder_cosine_sim"] = max_cosine(W_enc.t()).mean().item()
+    return {**result, "saebench": bench}
 
 
 def max_cosine(W, block=4096):
@@ -1333,41 +1344,52 @@ def reconstruct_edit(sae, mask):
     return edit
 
 
+def splice_sums(original, spliced, ablated, tokens, mask, counted):
+    """Sums of cross-entropy and KL over one batch of logits (B, L, V) for tokens (B, L), as SAEBench counts.
+
+    mask (B, L): unmasked tokens. CE of the next token is kept where the *source* token is unmasked; `counted`
+    (B, L) drops targets that are padding. KL(original || .) is taken at every unmasked position.
+    """
+    source = mask[:, :-1] & counted[:, 1:]
+    target = tokens[:, 1:][source][:, None]
+    logs = {name: v.float().log_softmax(-1) for name, v in (("", original), ("_sae", spliced), ("_zero", ablated))}
+    sums = {f"ce{name}": -v[:, :-1][source].gather(-1, target).double().sum().item() for name, v in logs.items()}
+    p = logs[""][mask].exp()
+    for name in ("_sae", "_zero"):
+        sums[f"kl{name}"] = (p * (logs[""][mask] - logs[name][mask])).double().sum().item()
+    return {**sums, "ce_tokens": source.sum().item(), "kl_tokens": mask.sum().item()}
+
+
+def splice_scores(sums):
+    """SAEBench's CE and KL metrics from splice_sums added up over batches."""
+    ce, sae, zero = (sums[k] / sums["ce_tokens"] for k in ("ce", "ce_sae", "ce_zero"))
+    kl_sae, kl_zero = (sums[k] / sums["kl_tokens"] for k in ("kl_sae", "kl_zero"))
+    return {"ce_loss_without_sae": ce, "ce_loss_with_sae": sae, "ce_loss_with_ablation": zero,
+            "ce_loss_score": (zero - sae) / (zero - ce) if zero != ce else math.nan,
+            "kl_div_with_sae": kl_sae, "kl_div_with_ablation": kl_zero,
+            "kl_div_score": (kl_zero - kl_sae) / kl_zero if kl_zero else math.nan}
+
+
 @torch.no_grad()
-def splice_metrics(sae, acts, n_windows=32, batch=4):
+def splice_metrics(sae, acts, n_windows=16, batch=4):
     """CE and KL with the reconstruction spliced into the LM, against the LM itself and a zero ablation.
 
-    ce_loss_score = (CE_ablation - CE_sae) / (CE_ablation - CE_original); kl_div_score likewise on
-    KL(original || spliced). Scored source positions only; the ablation sets every position to 0, BOS
-    included (SAEBench). With a non-causal SAE the reconstruction carries later tokens and the score is leakage.
+    The reconstruction replaces scored positions only; the ablation sets every position to 0, BOS included
+    (SAEBench). With a non-causal SAE the reconstruction carries later tokens and the scores are leakage.
     """
-    lm, store = acts.lm, acts.heldout_store
-    sums, n = dict.fromkeys(("ce", "ce_sae", "ce_zero", "kl_sae", "kl_zero"), 0.0), 0
+    lm, store, sums = acts.lm, acts.heldout_store, {}
     for rows in torch.arange(min(n_windows, store.N)).split(batch):
         tokens = store.tokens[rows].long().to(lm.device)
         mask = store.get(rows, lm.device)[1]
-        source = F.pad(mask, (1, 0))[:, :-1] & F.pad(mask, (1, 0))[:, 1:]     # scored token predicts a scored one
-        target = tokens[:, 1:][source]
+        counted = torch.arange(tokens.shape[1], device=lm.device) <= store.lengths[rows, None].to(lm.device)
 
-        def log_probs():
-            logits = lm.model(input_ids=tokens, use_cache=False).logits[:, :-1][source]
-            return logits.float().log_softmax(-1)
-        original = log_probs()
-        with intervene(lm, acts.layer, reconstruct_edit(sae, mask)):
-            spliced = log_probs()
-        with intervene(lm, acts.layer, torch.zeros_like):
-            zero = log_probs()
-        for name, value in (("ce", original), ("ce_sae", spliced), ("ce_zero", zero)):
-            sums[name] -= value.gather(-1, target[:, None]).sum().item()
-        p = original.exp()
-        sums["kl_sae"] += (p * (original - spliced)).sum().item()
-        sums["kl_zero"] += (p * (original - zero)).sum().item()
-        n += len(target)
-    ce, ce_sae, ce_zero, kl_sae, kl_zero = (sums[k] / n for k in ("ce", "ce_sae", "ce_zero", "kl_sae", "kl_zero"))
-    return {"ce_loss_without_sae": ce, "ce_loss_with_sae": ce_sae, "ce_loss_with_ablation": ce_zero,
-            "ce_loss_score": (ce_zero - ce_sae) / (ce_zero - ce), "kl_div_with_sae": kl_sae,
-            "kl_div_with_ablation": kl_zero, "kl_div_score": (kl_zero - kl_sae) / kl_zero, "ce_tokens": n,
-            "ce_is_causal": bool(sae.causal)}
+        def logits(edit):
+            with intervene(lm, acts.layer, edit):
+                return lm.model(input_ids=tokens, use_cache=False).logits
+        part = splice_sums(logits(lambda h: h), logits(reconstruct_edit(sae, mask)), logits(torch.zeros_like), tokens,
+                           F.pad(mask, (1, 0)), counted)
+        sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+    return {**splice_scores(sums), "ce_tokens": sums["ce_tokens"]}
 
 
 @torch.no_grad()
@@ -1412,7 +1434,7 @@ def temporal(sae, acts, max_lag=64):
             "span": on / max(stretches, 1), "autocorrelation": auto}
 
 
-EVALUATE = {"core": core, "temporal": temporal}
+EVALUATE = {"core": core, "reconstruction": reconstruction, "temporal": temporal}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Config:
     save_every: int = 500           # steps between checkpoints
 
 
-LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, lm_batch=16)   # sizes and step counts only
+LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, batch_size=4, lm_batch=16)   # sizes, steps only
 CHOICES = dict(activation=("relu", "topk"), recon_reduction=("sum", "mean"), lag_reduction=("sum", "mean"),
                variance_weights=("printed", "mean", "off"), layer_norm=("pre", "post", "off"))
 PAPER = {  # metric -> what the paper reports
@@ -154,7 +154,7 @@ class TSAE(nn.Module):
     def __init__(self, D, cfg):
         super().__init__()
         n_features = D * cfg.expansion
-        assert cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
+        assert cfg.activation != "topk" or cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
         self.cfg = cfg
         W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
         W = W / W.norm(dim=1, keepdim=True)
@@ -168,6 +168,7 @@ class TSAE(nn.Module):
         if cfg.temporal and cfg.buffers:                                  # UNSPECIFIED U1
             state = torch.randn(cfg.T, n_features, generator=common.generator(cfg.seed, "buffers"))
             self.register_buffer("temporal_buffer", cfg.buffer_std * state)   # (T, F)
+        self.pending = 0.0                                                # sums of codes since the last update
 
     def encode(self, x, mask=None):
         """Raw activations (..., D) -> features (..., F). mask is accepted and not needed."""
@@ -192,18 +193,22 @@ class TSAE(nn.Module):
     def blend(self, f, mask, step):
         """Codes as the temporal loss compares them: during warm-up mixed with a slow state.
 
-        f (B, T, F), mask (B, T) -> (B, T, F). Updates the state (no gradient).
+        f (B, T, F), mask (B, T) -> (B, T, F). What update_buffers needs is kept in self.pending.
         """
         # Sec. 4.3: buffers start at deviation 0.1 and mix at 0.25 during warm-up     UNSPECIFIED U1
         if not self.cfg.buffers or step >= self.cfg.warmup:
             return f
-        mix = self.cfg.buffer_mix
-        blended = (1 - mix) * f + mix * self.temporal_buffer
-        with torch.no_grad():
-            weight = mask[..., None].float()
-            total = common.total(torch.stack([(f * weight).sum(0), weight.sum(0).expand_as(f[0])]))
-            self.temporal_buffer.lerp_(total[0] / total[1].clamp(min=1), mix)
-        return blended
+        weight = mask[..., None].float()
+        self.pending = self.pending + torch.stack([(f.detach() * weight).sum(0), weight.sum(0).expand_as(f[0])])
+        return torch.lerp(f, self.temporal_buffer, self.cfg.buffer_mix)
+
+    @torch.no_grad()
+    def update_buffers(self):
+        """Move the state of each position towards this step's mean code by the mixing ratio."""
+        if torch.is_tensor(self.pending):
+            summed, count = common.total(self.pending)                    # (T, F) each, all processes
+            self.temporal_buffer.lerp_(summed / count.clamp(min=1), self.cfg.buffer_mix)
+            self.pending = 0.0
 
 
 def topk(pre, k):
@@ -387,11 +392,12 @@ def train(cfg, acts):
         if cfg.clip:
             nn.utils.clip_grad_norm_(sae.parameters(), cfg.clip)
         if step == 0:
-            common.assert_gradients(sae)
+            common.assert_gradients(sae, sums)
         # 5. step   6. renormalise
         opt.step()
         normalize_decoder(sae)
-        # 7. bookkeeping: nothing to keep
+        # 7. bookkeeping
+        sae.update_buffers()
         # ---------------------------------------------------------------------------------------
         run.log(step, sums, lr=opt.param_groups[0]["lr"])
         run.save_if_due(step)

@@ -1,0 +1,160 @@
+"""Runs behind the README's tables: suites of (script, flags, seeds), each run once and kept.
+
+    python benchmarks/experiments.py tsae [--seeds 42,43,44] [--threads 1] [--part 0/2] [--list]
+    python benchmarks/experiments.py tsae --table        # only collect what is there
+
+A finished run is not repeated, an interrupted one is resumed; after every run results/<suite>.json is
+written anew from the run folders below runs/<suite>/. Two processes with --part 0/2 and --part 1/2 share a
+suite (one thread each is faster than two threads on one run). The flags are the whole difference to the
+scripts' laptop preset.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import torch
+
+import common
+
+TOPK = "--activation topk --k 32"
+FAST = "--eval reconstruction,temporal"
+NO_EXTRAS = "--layer_norm off --boost 1 --grad_noise 0 --no-buffers"
+SUITES = {
+    # label: (script, flags)
+    "tsae": {
+        "standard, L1 0.04": ("tsae", "--no-temporal"),
+        "TSAE, paper": ("tsae", ""),
+        "  without clipping": ("tsae", f"--clip 0 {FAST}"),
+        "  without boost": ("tsae", f"--boost 1 {FAST}"),
+        "  without noise": ("tsae", f"--grad_noise 0 {FAST}"),
+        "  without buffers": ("tsae", f"--no-buffers {FAST}"),
+        "  without LayerNorm": ("tsae", f"--layer_norm off {FAST}"),
+        "  LayerNorm after the ReLU": ("tsae", f"--layer_norm post {FAST}"),
+        "  no variance weights": ("tsae", f"--variance_weights off {FAST}"),
+        "  none of the safeguards": ("tsae", f"--clip 0 {NO_EXTRAS} --variance_weights off {FAST}"),
+        "  error averaged over D": ("tsae", f"--recon_reduction mean {FAST}"),
+        "standard, error averaged over D": ("tsae", f"--no-temporal --recon_reduction mean {FAST}"),
+    },
+    "tsae_l0": {
+        "TopK 32": ("tsae", f"--no-temporal {TOPK}"),
+        "TSAE, paper's weights": ("tsae", f"{TOPK}"),
+        "TSAE, paper's weights, no LayerNorm": ("tsae", f"{TOPK} --layer_norm off {FAST}"),
+        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} --layer_norm off --variance_weights off"),
+        "  x 3": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 3"),
+        "  x 10": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 10 {FAST}"),
+        "  x 30": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 30 {FAST}"),
+    },
+    "mtsae": {
+        "extraction": ("mtsae", ""),
+        "  rates 1,2,4": ("mtsae", f"--rates 1,2,4 {FAST}"),
+        "  causal": ("mtsae", "--padding causal"),
+        "  no batch norm": ("mtsae", f"--batch_norm off {FAST}"),
+        "  no resampling": ("mtsae", f"--resample_every 0 {FAST}"),
+        "  error averaged over D": ("mtsae", f"--recon_reduction mean {FAST}"),
+        "unlearning": ("mtsae", "--variant unlearning"),
+        "  causal ": ("mtsae", "--variant unlearning --padding causal"),
+    },
+}
+
+
+def run_folder(suite, label, seed, layer):
+    name = "".join(c if c.isalnum() else "-" for c in label.strip() + "-").strip("-")
+    return Path("runs") / suite / f"{name}-L{layer}-s{seed}"
+
+
+def one(suite, label, script, flags, seed, layer):
+    """Train and evaluate one row with one seed unless that is done; the output goes to the run folder."""
+    out = run_folder(suite, label, seed, layer)
+    if (out / "eval.json").exists():
+        return
+    module = importlib.import_module(script)
+    if (out / "checkpoint.safetensors").exists():
+        argv = ["--resume", str(out)]
+    else:
+        argv = f"--layer {layer} --seed {seed} --overwrite --save_every 1000 {flags}".split() + ["--out", str(out)]
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(io.StringIO()) as err:
+        status = module.main(argv)
+    (out / "status.json").write_text(json.dumps({"status": status, "seconds": round(time.time() - start, 1)}))
+    tail = err.getvalue().strip().splitlines()[-1:] if status else ""
+    print(f"{time.strftime('%H:%M:%S')} {suite} {label.strip()} L{layer} s{seed}: status {status} "
+          f"({time.time() - start:.0f} s) {tail}", flush=True)
+
+
+def collect(suite, rows):
+    """results/<suite>.json from the run folders: per row the flags and, per metric, mean, sd and n over seeds."""
+    table = {}
+    for label, (script, flags) in rows.items():
+        for folder in sorted(Path("runs", suite).glob(run_folder(suite, label, "*", "*").name)):
+            if not (folder / "eval.json").exists():
+                continue
+            config = common.read_json(folder / "config.json")
+            flat = common.flatten(common.read_json(folder / "eval.json"))
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            key = f"{label.rstrip()} | layer {config['layer']}"
+            row = table.setdefault(key, {"command": f"python {script}.py --layer {config['layer']} {flags}".strip(),
+                                         "seeds": [], "steps": [], "values": {}})
+            row["seeds"].append(config["config"]["seed"])
+            row["steps"].append(log[-1]["step"] + 1 if log else 0)
+            row["versions"] = config["versions"]
+            for name, value in flat.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    row["values"].setdefault(name, []).append(value)
+    for row in table.values():
+        row["mean"] = {k: statistics.fmean(v) for k, v in row["values"].items()}
+        row["sd"] = {k: statistics.stdev(v) if len(v) > 1 else None for k, v in row["values"].items()}
+    (HERE / "results").mkdir(exist_ok=True)
+    common.write_json(HERE / "results" / f"{suite}.json", table)
+    return table
+
+
+COLUMNS = (("core.EV", "EV"), ("core.L0", "L0"), ("temporal.neighbour_cosine", "neighbour cosine"),
+           ("temporal.total_variation", "total variation"), ("core.dead", "dead"), ("core.ce_loss_score", "CE score"))
+
+
+def show(table, columns=COLUMNS):
+    """A markdown table, mean ± sd over seeds."""
+    print("| row | seeds | steps | " + " | ".join(title for _, title in columns) + " |")
+    print("|---|---|---|" + "---|" * len(columns))
+    for label, row in table.items():
+        cells = []
+        for name, _ in columns:
+            mean, sd = row["mean"].get(name), row["sd"].get(name)
+            cells.append("" if mean is None else f"{mean:.3g}" if sd is None else f"{mean:.3f} ± {sd:.3f}")
+        print(f"| {label} | {len(row['seeds'])} | {min(row['steps'])} | " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--layers", default="19")
+    parser.add_argument("--rows", default="", help="only rows whose label holds this text")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = SUITES[args.suite]
+    part, parts = map(int, args.part.split("/"))
+    jobs = [(label, *rows[label], seed, layer) for seed in args.seeds.split(",") for layer in args.layers.split(",")
+            for label in rows if args.rows in label]
+    if not args.table:
+        for label, script, flags, seed, layer in jobs[part::parts]:
+            one(args.suite, label, script, flags, int(seed), int(layer))
+            collect(args.suite, rows)
+    show(collect(args.suite, rows))
+
+
+if __name__ == "__main__":
+    main()
