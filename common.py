@@ -132,7 +132,7 @@ ALWAYS_FREE = {"resume", "run", "overwrite", "eval", "cache", "log_every", "save
 POSITIVE = {"tokens", "heldout_tokens", "T", "expansion", "k", "batch_size", "lm_batch", "buffer", "lr",
             "log_every", "save_every"}
 SYNTHETIC_PRESET = dict(tokens=65_536, heldout_tokens=8_192, T=64, steps=1500, batch_size=16, lr=3e-3)
-EVALUATIONS = ("core", "reconstruction", "temporal", "probing", "unlearning", "none")
+EVALUATIONS = ("core", "reconstruction", "temporal", "zero", "probing", "unlearning", "none")
 
 
 def field_comments(Config):
@@ -779,26 +779,47 @@ def open_stores(cfg, lm, layers, split, thresholds=None):
         return {layer: Store(lm, layer, tokens, lengths, thresholds[layer]) for layer in layers}
     folder, key = cache_folder(cfg, lm, split)
     folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):                                   # a second process waits, then finds it done
+        tokens, lengths = cached_windows(cfg, lm, split, folder, key)
+        stores = {layer: open_cached(folder, lm, layer, tokens, lengths) for layer in layers}
+        missing = [layer for layer, store in stores.items() if store is None]
+        if missing:
+            harvest(cfg, lm, missing, split, folder, tokens, lengths, thresholds)
+            stores.update({layer: open_cached(folder, lm, layer, tokens, lengths) for layer in missing})
+        else:
+            say(f"cache: {split} activations of layer {', '.join(map(str, layers))} from {folder}")
+    return stores
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One job at a time in a cache folder (torchrun's processes are one job: the first one locks)."""
+    import fcntl
+    with open(folder / ".lock", "w") as file:
+        if rank() == 0:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        barrier()
+        yield
+
+
+def cached_windows(cfg, lm, split, folder, key):
+    """Token windows from the cache folder, or made and written there."""
+    path = folder / "windows.safetensors"
     try:
-        found, meta = load_tensors(folder / "windows.safetensors")
+        found, meta = load_tensors(path)
         if meta != json.loads(json.dumps(key)):
-            raise UserError("its key is another one")
-        tokens, lengths = found["tokens"], found["lengths"]
-    except UserError as error:
-        if (folder / "windows.safetensors").exists():
-            say(f"cache: {folder}/windows.safetensors is not usable ({error}); making it again.")
-        tokens, lengths = windows_of(cfg, lm, split)
-        save_tensors(folder / "windows.safetensors", {"tokens": tokens, "lengths": lengths}, key)
+            raise UserError(f"{path} belongs to other settings")
+        return found["tokens"], found["lengths"]
+    except (UserError, KeyError) as error:
+        if path.exists():
+            say(f"cache: not usable ({error}); making it again.")
+    tokens, lengths = windows_of(cfg, lm, split)
+    if rank() == 0:
         for old in folder.glob("L*"):
             old.unlink()
-    stores = {layer: open_cached(folder, lm, layer, tokens, lengths) for layer in layers}
-    missing = [layer for layer, store in stores.items() if store is None]
-    if missing:
-        harvest(cfg, lm, missing, split, folder, tokens, lengths, thresholds)
-        stores.update({layer: open_cached(folder, lm, layer, tokens, lengths) for layer in missing})
-    else:
-        say(f"cache: {split} activations of layer {', '.join(map(str, layers))} from {folder}")
-    return stores
+        save_tensors(path, {"tokens": tokens, "lengths": lengths}, key)
+    barrier()
+    return tokens, lengths
 
 
 def open_cached(folder, lm, layer, tokens, lengths):
@@ -1434,7 +1455,27 @@ def temporal(sae, acts, max_lag=64):
             "span": on / max(stretches, 1), "autocorrelation": auto}
 
 
-EVALUATE = {"core": core, "reconstruction": reconstruction, "temporal": temporal}
+class ZeroSAE(torch.nn.Module):
+    """An SAE whose weights are all zero: what is evaluated when no training step was ever taken."""
+    causal = True
+
+    def __init__(self, sae):
+        super().__init__()
+        self.W_dec = torch.zeros_like(sae.W_dec)
+
+    def encode(self, x, mask=None):
+        return x.new_zeros(*x.shape[:-1], len(self.W_dec))
+
+    def forward(self, x, mask=None):
+        return torch.zeros_like(x), self.encode(x)
+
+
+def zero(sae, acts):
+    """The core metrics of the all-zero SAE on the same held-out text (papers B to E print such values)."""
+    return core(ZeroSAE(sae), acts)
+
+
+EVALUATE = {"core": core, "reconstruction": reconstruction, "temporal": temporal, "zero": zero}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1462,7 +1503,8 @@ TABLE = ("core.EV", "core.MSE", "core.L0", "core.L1", "core.cosine", "core.l2_ra
 def print_table(run, paper, results):
     """The final table: metric, what the paper reports, what this run measured."""
     flat = flatten(results)
-    rest = [key for key in flat if key not in TABLE and not key.startswith(("core.", "temporal."))]
+    hidden = ("core.", "temporal.", "zero.saebench.")            # in eval.json; the table shows a choice
+    rest = [key for key in flat if key not in TABLE and not key.startswith(hidden)]
     keys = [key for key in TABLE if key in flat or key in paper] + [k for k in paper if k not in TABLE and k not in rest]
     say(f"\n{'metric':<38} {'paper':<32} this run")
     for key in keys + rest:

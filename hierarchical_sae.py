@@ -24,8 +24,8 @@ Notation (paper -> code)
     c_psi           temporal consistency in [0, 1]        consistency_matrix, log_psi
     s_i, m_i        largest similarity, its margin        similarity, update_margin
     A_i             attribution of feature i              attribution
-    B sequences, T tokens, D model width, F features, L levels (3; 1 is the lowest), H attention
-    heads (8); "scored" tokens are those with mask = True.
+    B sequences, T tokens, D model width, F features, L levels (1 is the lowest), H attention heads;
+    "scored" tokens are those with mask = True.
 
 Paper -> code
     Sec. 3.2        HierarchicalSAE.decode, losses  the autoencoder and its first three terms
@@ -58,7 +58,8 @@ What the paper leaves open, and how it is settled here
                         max(0, s_i - m_i)^2 + w a_i max(0, s_i)^2 if A_i is above the percentile,
                     a dynamic margin for all, orthogonality for the few; a_i = A_i / max A
                     ("proportional to attribution strength"); w = 1, or 10 in the disentangled
-                    variant, not tuned. Neither m_i nor a_i carries a gradient.
+                    variant, not tuned; m_i and a_i carry no gradient. Self-aligning (no
+                    attribution) uses lambda_adv's floor, 0.1.
     UNSPECIFIED U2  A_spurious. Code: mean of s_i over the features above the percentile, weighted
                     by A_i. 0.5: attribution sits on features 60 degrees from their neighbour.
     UNSPECIFIED U3  Which L and which tokens A_i takes. Code: norm over the batch's scored tokens
@@ -67,11 +68,9 @@ What the paper leaves open, and how it is settled here
     UNSPECIFIED U4  c_psi. Code: cosine of the codes, each feature times a learned positive weight;
                     in [0, 1] because codes are >= 0. --consistency cosine: no weights.
     UNSPECIFIED U5  The contrastive pairs. Code: InfoNCE on c_psi / 2.0; z_{t+1} is z_t's positive,
-                    all other scored tokens of its window are negatives (they oppose what 1 - c_psi
-                    alone would reward: a constant code). With c_psi in [0, 1] and tau = 2 only
-                    half a nat separates perfect from worst.
-    UNSPECIFIED U6  GRU and contrastive term are missing from Eq. 8. Code: both inside L_temp,
-                    weight 1 each.
+                    the window's other scored tokens are negatives (against the constant code that
+                    1 - c_psi alone would reward). With tau = 2 it can gain half a nat at most.
+    UNSPECIFIED U6  GRU and contrastive term are missing from Eq. 8. Code: in L_temp, weight 1.
     UNSPECIFIED U7  What the GRU reads and predicts. Code: the features' image z_t W_dec (width D,
                     "matching the input size"; width F is out of reach) -> that of z_{t+1}, which
                     gets no gradient; squared error averaged over D. --gru_divisor narrows it.
@@ -87,17 +86,18 @@ What the paper leaves open, and how it is settled here
     DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), and
                     attention-sink tokens are masked, as in all four scripts.
     DEVIATION D2    Decoder rows have norm 1 (not in the paper): else long rows escape the L1.
-    DEVIATION D3    s_i is computed for at most --sim_rows features a step, random ones beyond that
-                    and the sum scaled up: all up to F = 2304. All pairs of 36,864 features would
-                    cost more than the rest of the step.
+    DEVIATION D3    s_i is computed for at most --sim_rows random features a step (all up to F =
+                    2304), the sum scaled up: all pairs of 36,864 would cost more than the step.
 
 Predict before you run. A margin mu + 2 sigma follows s_i. Under a steady drift sigma grows to the
 lag of mu, so s_i stays *below* its margin; under pure noise 1 % of the features exceed it. The
 margin answers to jumps only, whatever its decay: compare Sec. 6.2's "no significant impact".
 
 Ablations (Sec. 6.2): --no-conv | --no-adapt, --margin_decay 0.9 | --percentile 0.75 | --levels 1.
-Cost of a training step over the standard SAE's at F = D (10 D^2 multiply-adds a token): attention
-2.4, convolutions 3, GRU 7, whatever F is. The laptop preset's GRU of width D / 4: 0.6.
+Cost. In operations over those of a standard SAE step at F = D (10 D^2 a token): convolutions 3,
+attention 2.4, GRU 7.2, whatever F is. Step times over the standard SAE's, one AVX2 core, D = 576,
+8 x 128 tokens, laptop preset, about: self-aligning, adversarial and disentangled 1.4, hierarchical
+1.7, temporal 10 (20 with the paper's full-width GRU); at F = 4 D: 1.2, 1.5 and 4.
 
 Does not include: feature pruning and cross-layer constraints, which the paper names as future work.
 """
@@ -131,7 +131,7 @@ class Config:
     # losses
     l1: float = 0.04                # lambda_1, sparsity (Sec. 4.4)
     recon_reduction: str = "sum"    # squared error summed or averaged over D (U13)   ABLATION
-    lambda_temp: float = 0.2        # lambda_2, temporal (Sec. 4.4)   ABLATION
+    lambda_temp: float = 0.2        # lambda_2, temporal; 0 also drops the GRU (Sec. 4.4)   ABLATION
     tau: float = 2.0                # contrastive temperature (Sec. 5.1)
     consistency: str = "learned"    # c_psi: learned or cosine (U4)   ABLATION
     routing_weight: float = 1.0     # routing-entropy regulariser (U10, not tuned)   ABLATION
@@ -177,13 +177,14 @@ VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: that term's weig
     "adversarial":   dict(temporal=False, hierarchy=False, margin=False, orthogonality=1.0),
     "self-aligning": dict(temporal=False, hierarchy=False, margin=True,  orthogonality=0.0)}
 HEADS = 8                           # attention heads (Sec. 5.1)
-LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, batch_size=8, lm_batch=16, gru_divisor=4, sim_rows=576,
-              checkpointing=False)  # sizes, step counts and memory only
-CHOICES = dict(variant=tuple(VARIANTS), activation=("relu", "topk"), recon_reduction=("sum", "mean"),
-               consistency=("learned", "cosine"), compose=("residual", "literal", "parallel"))
+LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, batch_size=4, lm_batch=16,   # sizes and
+              gru_divisor=4, sim_rows=576, checkpointing=False)                    # memory only
+CHOICES = dict(variant=tuple(VARIANTS), recon_reduction=("sum", "mean"),
+               activation=("relu", "topk"), consistency=("learned", "cosine"),
+               compose=("residual", "literal", "parallel"))
 PAPER = {  # metric -> what the paper reports
-    "levels.variance_drop": "0.40 (Sec. 6.1)", "unlearning.score": "0.0 (every variant, Sec. 6.3)",
-    "minutes per evaluation": "23 (H100, Sec. 6)"}
+    "levels.variance_drop": "0.40 (Sec. 6.1)", "minutes per evaluation": "23 (H100, Sec. 6)",
+    "unlearning.score": "0.0 (every variant, Sec. 6.3)"}
 
 
 def variant(cfg):
@@ -203,6 +204,10 @@ class HierarchicalSAE(nn.Module):
         super().__init__()
         n_features = D * cfg.expansion
         assert cfg.activation != "topk" or cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
+        positive = min(cfg.levels, cfg.gru_divisor, cfg.sim_rows, cfg.tau) > 0
+        if not positive or not 0 <= cfg.percentile <= 1:
+            raise common.UserError("--levels, --gru_divisor, --sim_rows and --tau must be "
+                                   "positive, --percentile between 0 and 1.")
         self.cfg, self.parts = cfg, VARIANTS[cfg.variant]
         self.levels = cfg.levels if self.parts["hierarchy"] else 1
         self.sizes = split(n_features, self.levels)                       # features of each level
@@ -214,12 +219,11 @@ class HierarchicalSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
-        if self.levels > 1:                                               # 0: uniform gates at first
+        if self.levels > 1:                                               # 0: even gates at first
             self.W_route = nn.Parameter(torch.zeros(D, self.levels))
             self.b_route = nn.Parameter(torch.zeros(self.levels))
         if self.parts["temporal"]:
             self.add_temporal_parts(D, n_features)
-        # statistics: part of a checkpoint, never trained
         if self.parts["margin"]:                                          # NaN: not seen yet
             self.register_buffer("margin_mean", torch.full((n_features,), math.nan))
             self.register_buffer("margin_std", torch.zeros(n_features))
@@ -236,7 +240,7 @@ class HierarchicalSAE(nn.Module):
         """Parameters of f_local, f_temp, the GRU and c_psi; all drawn from the run's seed."""
         cfg = self.cfg
         if D % HEADS:
-            raise common.UserError(f"the width {D} of this model does not divide into {HEADS} heads.")
+            raise common.UserError(f"the model's width {D} does not divide into {HEADS} heads.")
         gen = common.generator(cfg.seed, "temporal")
 
         def uniform(*shape, gain=1.0):
@@ -248,10 +252,12 @@ class HierarchicalSAE(nn.Module):
         self.W_qkv = uniform(D, 3 * D)
         # small: training starts near the standard SAE; not 0: the layers before it need a gradient
         self.W_out = uniform(D, D, gain=0.1)
+        if not cfg.lambda_temp:
+            return
         width = max(1, D // cfg.gru_divisor)
         self.W_track = uniform(D, width) if width < D else None
         self.gru = nn.GRU(width, width, num_layers=2, batch_first=True)   # Sec. 5.1
-        self.W_next = uniform(width, D)                                   # a GRU's state is within 1
+        self.W_next = uniform(width, D)                                   # a GRU's state is bounded
         with torch.no_grad():
             for p in self.gru.parameters():
                 p.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=gen)
@@ -263,19 +269,20 @@ class HierarchicalSAE(nn.Module):
 
         mask (B, T): False tokens count as the mean and are never attended to.
         """
-        h = x / self.scale - self.b_dec                                   # (..., D)
+        h = x.float() / self.scale                                        # fp32, as `rest` is
+        bias = self.b_enc - self.b_dec @ self.W_enc                       # multiplied out: tsae.py
         gate = self.route(x)                                              # (..., L)
         if self.parts["temporal"]:
             if x.dim() != 3:
                 raise common.UserError("the temporal variant codes sequences (B, T, D), not single "
                                        "vectors: its encoder mixes tokens.")
-            h = self.context(h, mask)
+            h, bias = self.context(h - self.b_dec, mask), self.b_enc
         # Sec. 1, 3.2: level l encodes what the levels below it left over     UNSPECIFIED U8, U9
-        W_enc, b_enc = self.W_enc.split(self.sizes, 1), self.b_enc.split(self.sizes)
+        W_enc, bias = self.W_enc.split(self.sizes, 1), bias.split(self.sizes)
         W_dec, ks = self.W_dec.split(self.sizes), split(self.cfg.k, self.levels)
         codes, rest = [], h
         for level in range(self.levels):
-            pre = rest @ W_enc[level] + b_enc[level]                      # (..., F_l)
+            pre = rest @ W_enc[level] + bias[level]                       # (..., F_l)
             z = topk(pre, ks[level]) if self.cfg.activation == "topk" else F.relu(pre)
             if self.levels > 1:
                 z = z * (self.levels * gate[..., level, None])
@@ -384,7 +391,7 @@ def topk(pre, k):  # SAME AS tsae.py:topk
 
 
 @torch.no_grad()
-def normalize_decoder(sae):  # SAME AS tsae.py:normalize_decoder     DEVIATION D2
+def normalize_decoder(sae):  # SAME AS tsae.py:normalize_decoder
     """Rows of W_dec back to norm 1."""
     sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
 
@@ -423,7 +430,7 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
         terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n            # f >= 0: the L1 norm is the sum
     if sae.levels > 1:
         terms["routing"] = cfg.routing_weight * routing_loss(gate, mask) / n
-    if sae.parts["temporal"]:
+    if sae.parts["temporal"] and cfg.lambda_temp:
         for name, term in temporal_losses(sae, f, x_hat.float(), mask, cfg).items():
             terms[name] = cfg.lambda_temp * term / n                      # UNSPECIFIED U6
     return terms, stats
@@ -471,10 +478,7 @@ def features_image(sae, x_hat, mask):
 
 
 def consistency_matrix(f, log_psi=None):
-    """c_psi of all pairs of tokens of a window: (B, T, F) -> (B, T, T), in [0, 1].
-
-    One small product for consistency and contrast together (T / D of an encoder product).
-    """
+    """c_psi of all pairs of tokens of a window: (B, T, F) -> (B, T, T), each in [0, 1]."""
     # Sec. 3.2: c_psi: R^k x R^k -> [0, 1]; here the cosine of psi * z >= 0     UNSPECIFIED U4
     with torch.autocast(f.device.type, enabled=False):                    # fp32: near-equal codes
         z = f if log_psi is None else f * log_psi.exp()
@@ -531,10 +535,10 @@ def update_margin(sae, s, rows, cfg):
     mean, std = sae.margin_mean[rows], sae.margin_std[rows]
     # Eq. 3 (Sec. 4.2), Eq. 11 (Sec. 5.4): mu_t = alpha mu_{t-1} + (1 - alpha) s_t, mu_0 = s_0
     mean = torch.where(mean.isnan(), s, alpha * mean + (1 - alpha) * s)
-    # Eq. 4, Eq. 12: sigma_t = sqrt(alpha sigma_{t-1}^2 + (1 - alpha) (s_t - mu_t)^2), sigma_0 = 0
+    # Eq. 4, Eq. 12 (Sec. 5.4): sigma_t = sqrt(alpha sigma_{t-1}^2 + (1 - alpha) (s_t - mu_t)^2)
     std = (alpha * std.square() + (1 - alpha) * (s - mean).square()).sqrt()
     sae.margin_mean[rows], sae.margin_std[rows] = mean, std
-    # Eq. 5, Eq. 13: m_t = mu_t + 2 sigma_t
+    # Eq. 5, Eq. 13 (Sec. 5.4): m_t = mu_t + 2 sigma_t
     return mean + 2 * std
 
 
@@ -620,7 +624,7 @@ def train(cfg, acts):
             common.assert_gradients(sae, sums)
         # 5. step   6. renormalise
         opt.step()
-        normalize_decoder(sae)
+        normalize_decoder(sae)                                            # DEVIATION D2
         # 7. bookkeeping: attribution for the next step, statistics for the log
         update_monitor(sae, n, step, cfg)
         # ---------------------------------------------------------------------------------------
@@ -637,7 +641,7 @@ def extra_metrics(sae, acts):
     out = {}
     if sae.levels > 1:
         out["levels"] = level_metrics(sae, acts)
-    if sae.parts["temporal"]:
+    if hasattr(sae, "gru"):
         out["evolution"] = {"skill": prediction_skill(sae, acts)}
     return out
 
@@ -652,9 +656,10 @@ def level_metrics(sae, acts):
     """
     n, moments, routing = 0, 0.0, 0.0
     for x, mask in acts.heldout():
-        f, gate = sae.encode(x, mask)[mask].double(), sae.route(x)[mask].double()   # (n, F), (n, L)
+        f, gate = sae.encode(x, mask)[mask], sae.route(x)[mask].double()  # (n, F), (n, L)
         n += len(f)
-        moments = moments + torch.stack([f.sum(0), f.square().sum(0), (f > 0).double().sum(0)])
+        sums = (t.sum(0, dtype=torch.float64) for t in (f, f.square(), f > 0))
+        moments = moments + torch.stack(list(sums))                       # (3, F)
         routing = routing + torch.stack([gate.sum(0), torch.special.entr(gate).sum(0)])
     mean, square, active = moments / n                                    # (F,) each
     share, entropy = routing / n                                          # (L,) each

@@ -172,8 +172,9 @@ class TSAE(nn.Module):
 
     def encode(self, x, mask=None):
         """Raw activations (..., D) -> features (..., F). mask is accepted and not needed."""
-        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder reads x - b_dec
-        pre = (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc     # (..., F)
+        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc, multiplied out so that
+        # b_dec's gradient does not cost a sixth matrix product
+        pre = x / self.scale @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)   # (..., F)
         norm = self.cfg.layer_norm if self.cfg.temporal else "off"
         if norm == "pre":                                                 # AMBIGUOUS A4
             pre = self.ln(pre)
@@ -243,11 +244,11 @@ def losses(sae, x, mask, n, step, cfg):
     all three are averaged over scored tokens.
     """
     x_hat, f = sae(x, mask)
-    error = ((x_hat.float() - x.float()) / sae.scale)[mask]               # (n, D) in units of sqrt(D)
+    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]     # (B, T, D), mean norm of x: sqrt(D)
     f = f.float()
     # Eq. 1, 2: L = w(t) L_recon + lambda_1 L_sparsity + sum_s lambda_s L_s
     recon = error.pow(2).sum() / n
-    stats = {"error": recon, "active": ((f > 0) & mask[..., None]).sum() / n}   # logged, not part of the loss
+    stats = {"error": recon, "active": ((f > 0).sum(-1) * mask).sum() / n}   # logged, not part of the loss
     if cfg.recon_reduction == "mean":                                     # ABLATION: fact 3's collapse
         recon = recon / x.shape[-1]
     terms = {"recon": recon}

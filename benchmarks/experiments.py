@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import statistics
 import sys
 import time
@@ -60,7 +61,23 @@ SUITES = {
         "  no resampling": ("mtsae", f"--resample_every 0 {FAST}"),
         "  error averaged over D": ("mtsae", f"--recon_reduction mean {FAST}"),
         "unlearning": ("mtsae", "--variant unlearning"),
-        "  causal ": ("mtsae", "--variant unlearning --padding causal"),
+        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal"),
+        "  10,000 tokens": ("mtsae", f"--variant unlearning --tokens 10000 --steps 0 --batch_size 16 {FAST}"),
+    },
+    "lens": {
+        "TemporalLens": ("temporal_lens", FAST),
+        "  no annealing": ("temporal_lens", f"--no-anneal {FAST}"),
+        "  static masks": ("temporal_lens", f"--static_masks {FAST}"),
+        "  uniform weights": ("temporal_lens", f"--uniform_weights {FAST}"),
+        "  masks of one, uniform weights": ("temporal_lens", f"--no-masks --uniform_weights {FAST}"),
+    },
+    "hierarchical": {
+        "temporal": ("hierarchical_sae", "--variant temporal"),
+        "temporal, causal": ("hierarchical_sae", "--variant temporal --causal"),
+        "hierarchical": ("hierarchical_sae", "--variant hierarchical"),
+        "disentangled": ("hierarchical_sae", "--variant disentangled"),
+        "adversarial": ("hierarchical_sae", "--variant adversarial"),
+        "self-aligning": ("hierarchical_sae", "--variant self-aligning"),
     },
 }
 
@@ -117,25 +134,38 @@ def collect(suite, rows):
     return table
 
 
-COLUMNS = (("core.EV", "EV"), ("core.L0", "L0"), ("temporal.neighbour_cosine", "neighbour cosine"),
-           ("temporal.total_variation", "total variation"), ("core.dead", "dead"), ("core.ce_loss_score", "CE score"))
+COLUMNS = {"EV": "core.EV", "L0": "core.L0", "neighbour cosine": "temporal.neighbour_cosine",
+           "total variation": "temporal.total_variation", "dead": "core.dead", "CE score": "core.ce_loss_score",
+           "span": "temporal.span"}
 
 
-def show(table, columns=COLUMNS):
-    """A markdown table, mean ± sd over seeds."""
-    print("| row | seeds | steps | " + " | ".join(title for _, title in columns) + " |")
-    print("|---|---|---|" + "---|" * len(columns))
+def show(table, columns=tuple(COLUMNS)):
+    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed."""
+    lines = ["| row | seeds | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for label, row in table.items():
         cells = []
-        for name, _ in columns:
+        for title in columns:
+            name = COLUMNS.get(title, title)
             mean, sd = row["mean"].get(name), row["sd"].get(name)
-            cells.append("" if mean is None else f"{mean:.3g}" if sd is None else f"{mean:.3f} ± {sd:.3f}")
-        print(f"| {label} | {len(row['seeds'])} | {min(row['steps'])} | " + " | ".join(cells) + " |")
+            digits = 1 if mean is not None and abs(mean) >= 10 else 3
+            cells.append("" if mean is None else f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}"))
+        label = label.removesuffix(" | layer 19").replace(" | ", ", ").strip()
+        lines.append(f"| {label} | {len(row['seeds'])} | {min(row['steps'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill_readme(text):
+    """Replace what stands between `<!-- table SUITE: columns -->` and `<!-- end -->` by results/SUITE.json."""
+    def table(match):
+        path = HERE / "results" / f"{match[1]}.json"
+        body = show(json.loads(path.read_text()), [c.strip() for c in match[2].split(",")]) if path.exists() else "not run"
+        return f"<!-- table {match[1]}: {match[2]} -->\n{body}\n<!-- end -->"
+    return re.sub(r"<!-- table (\w+): (.*?) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=[*SUITES, "readme"], help="a suite, or readme: fill the README's tables")
     parser.add_argument("--seeds", default="42,43,44")
     parser.add_argument("--layers", default="19")
     parser.add_argument("--rows", default="", help="only rows whose label holds this text")
@@ -143,6 +173,10 @@ def main():
     parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if args.suite == "readme":
+        readme = HERE / "README.md"
+        readme.write_text(fill_readme(readme.read_text()))
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = SUITES[args.suite]
@@ -153,7 +187,7 @@ def main():
         for label, script, flags, seed, layer in jobs[part::parts]:
             one(args.suite, label, script, flags, int(seed), int(layer))
             collect(args.suite, rows)
-    show(collect(args.suite, rows))
+    print(show(collect(args.suite, rows)))
 
 
 if __name__ == "__main__":

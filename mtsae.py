@@ -1,0 +1,683 @@
+"""MTSAE: multi-scale temporal sparse autoencoders (papers A and D).
+
+Paper   A: "MTSAE: Multi-Scale Temporal Feature Extraction for Interpretable Language Model
+        Modification"; D: "Temporal Feature Disentanglement: Multi-Scale Sparse Autoencoders for
+        Selective Model Unlearning"; both anonymous, under double-blind review.
+Run     python mtsae.py --layer 19                       paper A, Run 3: rates 1, 4, 16 (Sec. 6.1)
+        python mtsae.py --layer 19 --rates 1,2,4         paper A, Run 2: rates 1, 2, 4
+        python mtsae.py --layer 19 --rates 1,2,4 --recon_weight 1          paper A, Run 1 (U4)
+        python mtsae.py --variant unlearning             paper D; with --tokens 10000 --steps 0 --preset
+                                                         paper its run as reported (4 steps)
+        python mtsae.py --variant unlearning --eval core,unlearning        and what it is for (D8)
+
+The idea. A standard SAE encodes every token on its own. An MTSAE first lets each channel of the
+residual stream look along the sequence: depth-wise convolutions of kernel 3, dilated by different
+rates, read the tokens r before and r after. Paper A averages the branches with the tokens themselves
+(a residual), normalises and encodes that, and asks neighbouring codes to point the same way. Paper D
+normalises each branch for itself, gives the encoder all of them side by side, and asks the branches
+to differ. Both reconstruct the token itself, so the rest of the sequence can only help to choose features.
+The branches are parallel, not stacked: the reach is the largest rate, 16 tokens either way in paper A,
+not the 128 that the paper claims; mixing.reach in the results measures it.
+
+Notation (paper -> code)
+    A^l, h^l        residual stream at layer l            x          (B, T, D)
+    h_i, z_k        one branch                            branches   (B, T, K, D)
+    h               what the encoder reads                h          (B, T, D), in D (B, T, K D)
+    f, e            features (the code)                   f          (B, T, F)
+    g(f), h_hat     reconstruction                        x_hat      (B, T, D)
+    r_i, r_k        dilation rates                        rates      K of them
+    B sequences, T tokens, D model width, F features, K branches; "scored" tokens are those with
+    mask = True. Equations are numbered A.1 ... A.6 and D.1 ... D.4 after their paper.
+
+Paper -> code
+    Eq. A.1         MTSAE.encode                    sequences of activations -> sequences of codes
+    Eq. A.3         MTSAE.temporal, merge_branches  dilated depth-wise convolutions + residual, averaged
+    Sec. A.4.1      MaskedBatchNorm                 batch normalisation after the temporal stage
+    Eq. A.4, D.3    MTSAE.features                  ReLU encoder
+    Eq. A.5         MTSAE.decode, normalize_decoder linear decoder, unit-norm rows
+    Eq. A.2, A.6    losses, neighbour_cosine        reconstruction + sparsity - coherence
+    Sec. A.4.3      resample, lr_factor             neuron resampling, warm-up
+    Sec. A.4.4      fill_masked, MTSAE.pad          circular and replication padding
+    Eq. D.2         MTSAE.temporal                  branches, each with its own LayerNorm
+    Eq. D.1, D.4    losses, separation              norm + sparsity + separation of the branches
+    Sec. D.4, D.5   lr_factor, monitor              schedule; gradient, convolution, activation statistics
+    Abstract D      common.unlearning               chosen features suppressed inside the language model
+
+What the papers leave open, and how it is settled here
+    AMBIGUOUS A1    A: "batch normalization" after the residual, which of the branches or of their
+                    average. Code: of the average. --batch_norm average | branch | off.
+    AMBIGUOUS A2    Norms and cosines without an axis. Code: squared error and norm over D, L1 over F, cosine
+                    per pair of neighbours; each averaged over tokens (pairs). The sign of the coherence term
+                    differs between Eq. A.2 and A.6 because A.2 has it inside L_temporal: the same thing.
+    AMBIGUOUS A3    D: "cosine learning rate warmup over 1000 steps". Code: linear warm-up, then a cosine to 0
+                    at the last step. --schedule constant | cosine | cosine-warmup (cosine-shaped, then constant).
+    AMBIGUOUS A4    D: batch of 2048. Code: tokens (16 sequences), which alone gives the reported 4 steps from
+                    10,000 tokens. Sequences: --batch_size 2048.
+    AMBIGUOUS A5    D: Table 1's deviations (0.09 ... 0.08) cannot be those of z_k, which LayerNorm sets to
+                    1. Code: statistics of the convolutions before it, in raw units.
+    UNSPECIFIED U1  A: kernel size. Code: 3, as in D. Neither says how the kernels start nor whether they have
+                    a bias. Code: uniform in +-1/sqrt(3), PyTorch's own start (--conv_init), and no bias (the
+                    normalisation after it has one).
+    UNSPECIFIED U2  A: what resampled neurons become. Code: W_dec row = direction of the sampled token, W_enc
+                    column = direction of what the encoder read there, 0.2 times the mean norm of the columns of
+                    live neurons, b_enc = 0 (Bricken et al. 2023). Tokens are drawn with probability
+                    proportional to their squared error in the current batch.
+    UNSPECIFIED U3  A: weight decay, number of steps. Code: 0 and 4000.
+    UNSPECIFIED U4  A: the loss weights of Run 1 (adjusted later). Code: reconstruction weight 1 instead of 2.
+    UNSPECIFIED U5  D: what decays. Code: every parameter (AdamW's default); decoder rows are renormalised after.
+    UNSPECIFIED U6  How the encoder starts. Code: the decoder's transpose, in D a K-th of it for each branch.
+    UNSPECIFIED U7  What a convolution reads at tokens that do not count. Code: the mean activation; behind
+                    the last scored token, the last scored activation (paper A's replication padding).
+    DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), their mean is
+                    subtracted before the convolutions, and attention-sink tokens are masked. The mean changes
+                    nothing in paper A (batch norm removes it); in D, LayerNorm would spend itself on it:
+                    --no-center.
+    DEVIATION D2    The gradient's component along each decoder row is removed, as in the control tsae.py.
+    DEVIATION D3    D: 10,000 tokens are 4 steps, the "early termination" of Sec. 6.1. Code: 10,000,000.
+    DEVIATION D4    Batch-norm statistics cover one forward pass: with --micro_batch, the micro-batch.
+Circular padding reads later tokens and joins the last token to the first. Spliced into the language model,
+such a code can leak the answer: --padding causal reads t-2r, t-r, t instead (an option of ours).
+
+Does not include: branches stacked on each other (which alone would reach across 128 tokens with few rates), D's
+"adaptive dilation rates" (future work).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# ---------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    variant: str = "extraction"     # extraction (paper A) or unlearning (paper D)
+    model: str = "auto"             # language model: auto, synthetic, or any causal LM (A: gemma-2-2b; D: pythia-70m)
+    layer: str = "19"               # block whose output is read; 5,12,19 trains one SAE each (A: 19; D: 3)
+    data: str = "auto"              # text: auto, pile, shakespeare, bundled, or a path (Sec. A.5.1, D.5: the Pile)
+    tokens: int = 10_000_000        # tokens of text harvested (A: not given; D: 10,000, see D3)
+    heldout_tokens: int = 131_072   # held-out tokens for the evaluation (not given)
+    T: int = 128                    # tokens per sequence (Sec. A.4.4, D.5)
+    expansion: int = 1              # F / D (Eq. A.1: k = d)
+    activation: str = "relu"        # relu (with L1) or topk (then no L1)   ABLATION
+    k: int = 32                     # active features per token with topk (ours)
+    # temporal stage
+    rates: str = "1,4,16"           # dilation rates, one branch each (Eq. A.3; Eq. D.2: 1,2,4,8)   ABLATION
+    padding: str = "circular"       # circular (Sec. A.4.4, D.4) or causal (ours)   ABLATION
+    conv_init: float = 0.577        # kernels start uniform in +- this (U1)
+    batch_norm: str = "average"     # paper A: average, branch, off (A1)   ABLATION
+    bn_momentum: float = 0.1        # of the running statistics (PyTorch's; not given)
+    center: bool = True             # subtract the mean activation first (D1)   ABLATION
+    # losses
+    recon: str = "squared"          # squared error (Eq. A.6) or its root, norm (Eq. D.4)   ABLATION
+    recon_reduction: str = "sum"    # squared error summed or averaged over D (A2; mean collapses)   ABLATION
+    recon_weight: float = 2.0       # reconstruction (Eq. A.2; Eq. D.4: 1)   ABLATION
+    l1: float = 0.04                # sparsity (Eq. A.2, D.4)
+    coherence: float = 0.15         # paper A: cosine of neighbouring codes (Eq. A.2)   ABLATION
+    separation: float = 0.1         # paper D: lambda_2, cosine between branches (Eq. D.4)   ABLATION
+    # schedule
+    steps: int = 4000               # optimiser steps; 0 = one pass over the tokens (U3)
+    batch_size: int = 125           # sequences per step (Sec. A.4.4; D: 2048 tokens, A4)
+    micro_batch: int = 0            # sequences per forward pass; 0 = the whole batch (ours)
+    lr: float = 3e-4                # AdamW (Sec. A.4.3, D.5)
+    weight_decay: float = 0.0       # AdamW, on every parameter (A: not given, U3; Sec. D.5: 0.01, U5)
+    lr_warmup: int = 1000           # steps of learning-rate warm-up (Sec. A.4.3, D.4)
+    schedule: str = "constant"      # after the warm-up: constant (A), cosine (D) or cosine-warmup (A3)
+    resample_every: int = 1000      # steps between resamplings; 0 = off (Sec. A.4.3; not in D)   ABLATION
+    dead_after: int = 500           # inactive for more steps than this = dead (Sec. A.4.3)
+    # machine and run
+    seed: int = 42                  # weights and order of the data (Sec. A.5.1; not given in D)
+    device: str = "auto"            # auto, cpu or cuda
+    dtype: str = "auto"             # auto, float32 or bfloat16: matrix products only (A: bfloat16; D: float32)
+    preset: str = "auto"            # paper, laptop, or auto: laptop on a CPU
+    lm_batch: int = 32              # sequences per language-model pass (Sec. A.5.1, D.5)
+    buffer: int = 2048              # sequences harvested and shuffled at a time (Sec. A.5.1, D.5)
+    cache: str = "cache"            # folder for harvested activations; none = keep nothing
+    out: str = "auto"               # run folder; auto = runs/<script>-<variant>-<model>-L<layer>-s<seed>
+    resume: str = ""                # run folder to continue exactly where it stopped
+    overwrite: bool = False         # replace a finished run
+    run: str = ""                   # with --eval: a finished run to evaluate again
+    eval: str = "core,temporal"     # evaluations after training: core, temporal, probing, unlearning, none
+    log_every: int = 10             # steps between lines of log.jsonl (Sec. D.5: 10)
+    save_every: int = 500           # steps between checkpoints
+
+
+# what a variant sets where the user set nothing; Config's own defaults are paper A's
+VARIANTS = {"extraction": {}, "unlearning": dict(
+    model="EleutherAI/pythia-70m", layer="3", rates="1,2,4,8", recon="norm", recon_weight=1.0, batch_size=16,
+    weight_decay=0.01, schedule="cosine", resample_every=0, dtype="float32")}
+_SIZES = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, batch_size=4, lm_batch=16)   # sizes only
+LAPTOP = {"extraction": _SIZES, "unlearning": dict(_SIZES, model="auto", layer="19")}
+CHOICES = dict(variant=tuple(VARIANTS), activation=("relu", "topk"), padding=("circular", "causal"),
+               batch_norm=("average", "branch", "off"), recon=("squared", "norm"), recon_reduction=("sum", "mean"),
+               schedule=("constant", "cosine", "cosine-warmup"))
+PAPER = {  # metric -> what the paper reports
+    "extraction": {
+        "core.sparsity_inactive": "0.50 (Sec. 6.1)", "mixing.reach": "128 (abstract)",
+        "resampling.features": "0.15 (Sec. 6.3)"},
+    "unlearning": {
+        "core.EV": "-0.785 (Sec. 6.2)", "core.MSE": "47.25 (as 'L2 loss')", "core.L0": "0.0", "core.L1": "0.0",
+        "core.relative_reconstruction_bias": "-1.0", "core.kl_div_score": "-0.5279",
+        "core.ce_loss_score": "-0.5855", "steps": "4 (5 of 5 seeds, Sec. 6.1)",
+        "branches.std_1": "0.0891 (Table 1)", "branches.std_2": "0.0867", "branches.std_4": "0.0842",
+        "branches.std_8": "0.0819", "branches.mean_1": "0.0012 (Table 1)", "branches.mean_2": "0.0009",
+        "branches.mean_4": "0.0007", "branches.mean_8": "0.0005"}}
+
+
+def variant(cfg):
+    """Name of the run's variant, used for the run folder."""
+    return cfg.variant + ("" if cfg.activation == "relu" else f"-topk{cfg.k}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------
+
+
+class MTSAE(nn.Module):
+    """Sparse autoencoder behind dilated depth-wise convolutions: papers A (extraction) and D (unlearning).
+
+    Encodes sequences only, since positions mix. Paper A's batch norm uses the batch in train() mode and
+    running statistics in eval() mode, as any batch norm does.
+    """
+
+    def __init__(self, D, cfg):
+        super().__init__()
+        n_features = D * cfg.expansion
+        assert cfg.activation != "topk" or cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
+        self.cfg = cfg
+        self.rates = parse_rates(cfg.rates)
+        self.causal = cfg.padding == "causal"                             # if not, a spliced CE is leakage
+        K, R = len(self.rates), max(self.rates)
+        self.origin = 2 * R if self.causal else R                         # tokens put before the first one
+        taps = (-2, -1, 0) if self.causal else (-1, 0, 1)
+        self.starts = [[self.origin + r * tap for tap in taps] for r in self.rates]   # K x 3 rows of the padded x
+        copies = K if cfg.variant == "unlearning" else 1                  # encoder inputs over D
+        W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
+        W = W / W.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
+        self.W_enc = nn.Parameter(W.t().repeat(copies, 1) / copies)       # (D, F) or (K D, F)   UNSPECIFIED U6
+        self.b_enc = nn.Parameter(torch.zeros(n_features))
+        self.b_dec = nn.Parameter(torch.zeros(D))
+        self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
+        self.register_buffer("mean", torch.zeros(D))                      # in units of scale   DEVIATION D1
+        uniform = torch.rand(K, 3, D, generator=common.generator(cfg.seed, "kernels")) * 2 - 1
+        self.kernels = nn.Parameter(cfg.conv_init * uniform)              # (K, 3, D)   UNSPECIFIED U1
+        if cfg.variant == "unlearning":
+            self.ln_weight = nn.Parameter(torch.ones(K, D))               # one LayerNorm a branch
+            self.ln_bias = nn.Parameter(torch.zeros(K, D))
+        elif cfg.batch_norm != "off":
+            self.bn = MaskedBatchNorm((K, D) if cfg.batch_norm == "branch" else (D,), cfg.bn_momentum)
+        self.register_buffer("inactive", torch.zeros(n_features, dtype=torch.int64))    # steps since last active
+        self.register_buffer("resampled", torch.zeros(n_features, dtype=torch.int64))   # how often
+
+    def encode(self, x, mask=None):
+        """Raw activations (B, T, D), mask (B, T) -> features (B, T, F). Without a mask every token counts."""
+        # Eq. A.1 (Sec. 3.1): f_theta: R^{T x d} -> R^{T x k}, k = d
+        return self.features(self.temporal(x, mask))
+
+    def decode(self, f):
+        """Features (..., F) -> raw activations (..., D); linear."""
+        # Eq. A.5 (Sec. 4.2): g(f) = W_dec f + b_dec, ||W_dec,i||_2 = 1; the same in D (Sec. 4)
+        return (f @ self.W_dec + self.b_dec) * self.scale
+
+    def forward(self, x, mask=None):
+        """Raw activations (B, T, D) -> reconstruction (B, T, D) and features (B, T, F)."""
+        f = self.encode(x, mask)
+        return self.decode(f), f
+
+    def features(self, h):
+        """What the encoder reads (..., D or K D) -> features (..., F)."""
+        # Eq. A.4 (Sec. 4.2): f = ReLU(W_enc h + b_enc)   Eq. D.3 (Sec. 4): e = ReLU(W_enc [z_1; ...; z_K] + b_enc)
+        pre = h @ self.W_enc + self.b_enc                                 # (..., F); no b_dec in either paper
+        return topk(pre, self.cfg.k) if self.cfg.activation == "topk" else F.relu(pre)
+
+    def temporal(self, x, mask=None):
+        """The temporal stage: raw activations (B, T, D) -> what the encoder reads, (B, T, D or K D), fp32."""
+        x = self.pad(x, mask)                                             # (B, T + 2R, D)
+        if self.cfg.variant == "unlearning":
+            # Eq. D.2 (Sec. 4): z_k = LayerNorm(C_{r_k}(h)); the encoder reads [z_1; ...; z_K]
+            z = F.layer_norm(self.branches(x), x.shape[-1:])              # (B, T, K, D)
+            return torch.addcmul(self.ln_bias, z, self.ln_weight).flatten(2)
+        # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}; Sec. 4.2: h = mean_i h_i
+        if self.cfg.batch_norm == "branch":                               # AMBIGUOUS A1
+            token = x[:, self.origin:][:, :x.shape[1] - 2 * max(self.rates), None]   # (B, T, 1, D)
+            return self.bn(self.branches(x) + token, mask).mean(2)
+        h = DilatedFilter.apply(x, *merge_branches(self.kernels, self.starts, self.origin), 2 * max(self.rates))
+        return h if self.cfg.batch_norm == "off" else self.bn(h, mask)
+
+    def branches(self, x):
+        """The K convolutions C_{r_k} of padded sequences (B, T + 2R, D) -> (B, T, K, D)."""
+        R = max(self.rates)
+        return torch.stack([DilatedFilter.apply(x, w, starts, 2 * R) for w, starts in zip(self.kernels, self.starts)], 2)
+
+    def pad(self, x, mask=None):
+        """Raw activations (B, T, D) -> centred, filled and padded by 2R tokens (B, T + 2R, D), fp32."""
+        if x.dim() != 3:
+            raise ValueError(f"an MTSAE encodes sequences (B, T, D), since positions mix; not {tuple(x.shape)}")
+        x = x.float() / self.scale - self.mean                            # fp32: filters and norms
+        if mask is not None:
+            x = fill_masked(x, mask)
+        T, R = x.shape[1], max(self.rates)
+        if self.causal:
+            x = F.pad(x, (0, 0, 2 * R, 0))                                # before the text: the mean activation
+        else:
+            # Sec. A.4.4: circular padding of sequences of T = 128; shorter ones repeat their last token first
+            length = max(T, self.cfg.T)
+            x = x.index_select(1, (torch.arange(-R, T + R, device=x.device) % length).clamp(max=T - 1))
+        return x if self.cfg.center else x + self.mean                    # DEVIATION D1
+
+
+def parse_rates(text):
+    """'1,4,16' -> [1, 4, 16]."""
+    try:
+        rates = [int(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0]
+    if min(rates) < 1:
+        raise common.UserError(f"--rates takes dilation rates from 1, such as 1,4,16; not {text!r}.")
+    return rates
+
+
+def fill_masked(x, mask):
+    """Tokens that do not count, as the convolutions read them: x (B, T, D) centred, mask (B, T) -> (B, T, D).
+
+    0, the mean activation, between scored tokens (attention sinks, special tokens); behind the last scored
+    token (padding of a short sequence) that token again: Sec. A.4.4's replication padding.   UNSPECIFIED U7
+    """
+    T = x.shape[1]
+    position = torch.arange(T, device=x.device)
+    last = (mask * (position + 1)).amax(1, keepdim=True) - 1              # (B, 1), -1 where nothing is scored
+    source = torch.minimum(position, last.clamp(min=0))                   # (B, T)
+    x = x.flatten(0, 1)[source + T * torch.arange(len(x), device=x.device)[:, None]]
+    return x.masked_fill(~mask.gather(1, source)[..., None], 0.0)
+
+
+def merge_branches(kernels, starts, origin):
+    """mean_i (Conv_i + identity) as one sparse filter: kernels (K, 3, D) -> weights (J, D), its rows' starts.
+
+    Convolutions are linear, so their mean and the residual are one filter. With rates 1, 4, 16 it has J = 7 taps,
+    at -16, -4, -1, 0, 1, 4, 16, and one pass over the activations replaces four.
+    """
+    union = sorted({start for branch in starts for start in branch} | {origin})
+    index = torch.tensor([union.index(start) for branch in starts for start in branch], device=kernels.device)
+    weights = torch.zeros(len(union), kernels.shape[-1], device=kernels.device)
+    weights[union.index(origin)] = 1.0                                    # the residual
+    return weights.index_add(0, index, kernels.flatten(0, 1) / len(starts)), union
+
+
+class DilatedFilter(torch.autograd.Function):
+    """y_t = sum_j w_j * x_{t + start_j}, channel by channel: x (B, T + cut, D), w (J, D) -> y (B, T, D).
+
+    Shifted slices of x in place: with J = 7 twice as fast as a grouped convolution on a CPU, 8 times in the
+    backward pass, and without its transposition to (B, D, T).
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, starts, cut):
+        ctx.save_for_backward(x, w)
+        ctx.starts, T = starts, x.shape[1] - cut
+        y = x[:, starts[0]:starts[0] + T] * w[0]
+        for start, tap in zip(starts[1:], w[1:]):
+            y.addcmul_(x[:, start:start + T], tap)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        slices = [slice(start, start + grad.shape[1]) for start in ctx.starts]
+        grad_w = torch.stack([(grad * x[:, part]).sum((0, 1)) for part in slices])
+        grad_x = None
+        if ctx.needs_input_grad[0]:                                       # never in training: x is data
+            grad_x = torch.zeros_like(x)
+            for part, tap in zip(slices, w):
+                grad_x[:, part].addcmul_(grad, tap)
+        return grad_x, grad_w, None, None
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch normalisation over the scored tokens of all processes; shape (D,) or (K, D). fp32."""
+
+    def __init__(self, shape, momentum):
+        super().__init__()
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+        self.register_buffer("updates", torch.zeros(()))
+
+    def forward(self, h, mask=None):
+        """h (B, T, *shape), mask (B, T) -> the same shape, mean 0 and variance 1 per channel before the affine."""
+        mean, var = self.running_mean, self.running_var
+        if self.training:                                                 # DEVIATION D4
+            m = h.new_ones(1, h.shape[0] * h.shape[1]) if mask is None else mask.reshape(1, -1).float()
+            n = common.total(m.sum())
+            first, second = Moments.apply(h.reshape(m.shape[1], -1), m).view(2, *mean.shape) / n
+            mean, var = first, second - first.square()
+            with torch.no_grad():                                         # average of all at first, then an EMA
+                self.updates.add_(1)
+                rate = (1 / self.updates).clamp(min=self.momentum)
+                self.running_mean.lerp_(mean, rate)
+                self.running_var.lerp_(var, rate)
+        # Sec. A.4.1: "batch normalization": gamma (h - mean) / sqrt(var + 1e-5) + beta
+        gain = self.weight * (var + 1e-5).rsqrt()
+        return torch.addcmul(self.bias - mean * gain, h, gain)
+
+
+class Moments(torch.autograd.Function):
+    """Masked sums over tokens and processes of h and of h^2: h (N, C), m (1, N) -> (2, C)."""
+
+    @staticmethod
+    def forward(ctx, h, m):
+        ctx.save_for_backward(h, m)
+        return common.total(torch.cat([m @ h, m @ h.square()]))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, m = ctx.saved_tensors
+        first, second = common.total(grad.contiguous())                   # every process's loss depends on the sums
+        return torch.addcmul(first, h, 2 * second).mul_(m.t()), None
+
+
+# SAME AS tsae.py:topk
+def topk(pre, k):
+    """Keep the k largest entries of the last axis, set to zero where negative; the rest is 0."""
+    values, index = pre.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, index, F.relu(values))
+
+
+# SAME AS tsae.py:normalize_decoder
+@torch.no_grad()
+def normalize_decoder(sae):
+    """Rows of W_dec back to norm 1."""
+    sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+
+
+# SAME AS tsae.py:remove_parallel_gradient
+@torch.no_grad()
+def remove_parallel_gradient(sae):
+    """Take from each decoder row's gradient its component along the row (it would be undone)."""
+    W, grad = sae.W_dec, sae.W_dec.grad
+    grad.sub_((grad * W).sum(1, keepdim=True) * W)
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------
+
+
+# DIFFERS FROM tsae.py:losses - coherence or separation instead of lags; n also counts pairs; fires for resampling
+def losses(sae, x, mask, n, step, cfg):
+    """Terms of Eq. A.6 or D.4, already weighted; their sum is the loss. fp32 throughout.
+
+    x (B, T, D) raw, mask (B, T), n (2,) numbers of scored tokens and of scored neighbours in the whole batch.
+    Reductions: reconstruction sums over D (norm: the root of that sum, token by token), sparsity sums over F,
+    separation averages over ordered pairs of branches; these are averaged over scored tokens.
+    Coherence: cosine over F, averaged over scored pairs of neighbours. See AMBIGUOUS A2.
+    """
+    tokens, pairs = n[0], n[1].clamp(min=1)
+    h = sae.temporal(x, mask)                                             # (B, T, D or K D)
+    f = sae.features(h)
+    error = (sae.decode(f).float() - x.float()) / sae.scale * mask[..., None]   # (B, T, D), mean norm of x: sqrt(D)
+    f = f.float()
+    square = error.pow(2).sum(-1)                                         # (B, T), 0 where masked
+    mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)                  # (1, F): sum over tokens; f >= 0
+    stats = {"error": square.sum() / tokens, "active": (f.detach().sign().sum(-1) * mask).sum() / tokens,
+             "fires": mass[0]}                                            # logged, not part of the loss
+    if cfg.recon_reduction == "mean":                                     # ABLATION: fact 3's collapse
+        square = square / x.shape[-1]
+    # Eq. A.6: 2.0 ||A - g(f)||_2^2   Eq. D.1, D.4: ||h - h_hat||_2, the norm
+    recon = square.sum() if cfg.recon == "squared" else square[mask].clamp(min=1e-12).sqrt().sum()
+    terms = {"recon": cfg.recon_weight * recon / tokens}
+    if cfg.activation == "relu":
+        # Eq. A.6: + 0.04 ||f||_1   Eq. D.4: + lambda_1 ||e||_1
+        terms["l1"] = cfg.l1 * mass.sum() / tokens
+    if cfg.variant == "extraction" and cfg.coherence:
+        # Eq. A.2, A.6: - 0.15 cos(f_t, f_{t+1})
+        terms["coherence"] = -cfg.coherence * NeighbourCosine.apply(f, neighbours(mask)) / pairs
+    if cfg.variant == "unlearning" and cfg.separation:
+        z = h.unflatten(2, (len(sae.rates), -1))                          # (B, T, K, D)
+        terms["separation"] = cfg.separation * separation(z, mask) / tokens
+    return terms, stats
+
+
+def neighbours(mask):
+    """Pairs (t, t+1) of scored tokens: (B, T) -> (B, T - 1)."""
+    return mask[:, 1:] & mask[:, :-1]
+
+
+class NeighbourCosine(torch.autograd.Function):
+    """Sum over scored pairs of cos(f_t, f_{t+1}) over the last axis: f (B, T, F), pair (B, T - 1) -> ().
+
+    The gradient in closed form, with a_t = 1 / (|f_t| |f_{t+1}|) on scored pairs and c_t = cos(f_t, f_{t+1}):
+        d/df_t = a_{t-1} f_{t-1} + a_t f_{t+1} - (c_{t-1} + c_t) / |f_t|^2 f_t,
+    3 passes over the features, 5 times as fast as autograd through F.cosine_similarity. A token without
+    active features has cosine 0 and no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, f, pair):
+        norm = torch.linalg.vector_norm(f, dim=-1)                        # (B, T)
+        inverse = torch.where(norm > 0, 1 / norm, 0.0)
+        a = inverse[:, 1:] * inverse[:, :-1] * pair                       # (B, T - 1)
+        cosine = a * (f[:, 1:] * f[:, :-1]).sum(-1)
+        both = F.pad(cosine, (1, 0)) + F.pad(cosine, (0, 1))              # (B, T)
+        ctx.save_for_backward(f, a[..., None], (both * inverse.square())[..., None])
+        return cosine.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        f, a, own = ctx.saved_tensors
+        out = f * (-grad * own)
+        out[:, 1:].addcmul_(f[:, :-1], grad * a)
+        out[:, :-1].addcmul_(f[:, 1:], grad * a)
+        return out, None
+
+
+def separation(z, mask):
+    """1/(K(K-1)) sum_{i != j} max(0, cos(z_i, z_j)), summed over scored tokens: z (B, T, K, D) -> ().
+
+    All pairs of branches at once, from one K x K Gram matrix a token.
+    """
+    K = z.shape[2]
+    # Eq. D.4 (Sec. 4): separation
+    gram = z @ z.transpose(2, 3)                                          # (B, T, K, K)
+    inverse = gram.diagonal(dim1=2, dim2=3).clamp(min=1e-12).rsqrt()
+    cosine = gram * inverse[..., None] * inverse[..., None, :]
+    off = 1 - torch.eye(K, device=z.device)
+    return (F.relu(cosine) * off * mask[..., None, None]).sum() / max(1, K * (K - 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step
+# ---------------------------------------------------------------------------------------------
+
+
+# DIFFERS FROM tsae.py:lr_factor - paper D's cosine needs the last step
+def lr_factor(step, cfg, total):
+    """Learning-rate multiplier of `step` of `total`: warm-up, then 1 (Sec. A.4.3) or a cosine to 0 (Sec. D.4)."""
+    warm = min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+    if cfg.schedule == "cosine-warmup":                                   # AMBIGUOUS A3
+        return 0.5 * (1 - math.cos(math.pi * warm))
+    if cfg.schedule == "cosine" and step >= cfg.lr_warmup:
+        return 0.5 * (1 + math.cos(math.pi * (step - cfg.lr_warmup) / max(1, total - cfg.lr_warmup)))
+    return warm
+
+
+def resample_due(step, cfg):
+    """Sec. A.4.3: every 1000 steps; never at the last step of a run of a multiple of that."""
+    return cfg.resample_every > 0 and step > 0 and step % cfg.resample_every == 0
+
+
+@torch.no_grad()
+def resample(sae, opt, batch, step, cfg):
+    """Sec. A.4.3: neurons inactive for more than 500 steps restart from inputs with high reconstruction error.
+
+    The draw is over the whole batch, the same in every process and for any number of them.   UNSPECIFIED U2
+    """
+    dead = (sae.inactive > cfg.dead_after).nonzero()[:, 0]
+    if len(dead) == 0:
+        return
+    sae.eval()                                                            # running statistics, and left alone
+    seen, errors = [], []
+    for x, mask in batch:
+        h = sae.temporal(x, mask)
+        target = x.float() / sae.scale
+        error = sae.decode(sae.features(h)).float() / sae.scale - target
+        errors.append(error.square().sum(-1) * mask)                      # (b, T)
+        seen.append(torch.cat([target - sae.b_dec, h], -1))               # (b, T, D + D or K D)
+    sae.train()
+    error, seen = torch.cat(errors), torch.cat(seen)
+    size, T, D = common.world(), error.shape[1], sae.b_dec.shape[0]
+    weight = error.new_zeros(-(-cfg.batch_size // size), size, T)         # sequence i lies on process i % size
+    weight[:len(error), common.rank()] = error
+    weight = common.total(weight).flatten()
+    gen = common.generator(cfg.seed, f"resample{step}", weight.device)
+    pick = torch.multinomial(weight, len(dead), replacement=len(dead) > (weight > 0).sum(), generator=gen)
+    sequence, token = pick // T, pick % T
+    mine = sequence % size == common.rank()
+    new = seen.new_zeros(len(dead), seen.shape[-1])
+    new[mine] = seen[sequence[mine] // size, token[mine]]
+    new = common.total(new)
+    alive = sae.inactive <= cfg.dead_after
+    size_enc = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else 1.0
+    sae.W_dec[dead] = F.normalize(new[:, :D], dim=1)
+    sae.W_enc[:, dead] = 0.2 * size_enc * F.normalize(new[:, D:], dim=1).t()
+    sae.b_enc[dead] = 0.0
+    for p, rows in ((sae.W_enc, (slice(None), dead)), (sae.b_enc, dead), (sae.W_dec, dead)):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            opt.state[p][moment][rows] = 0.0
+    sae.inactive[dead] = 0
+    sae.resampled[dead] += 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+def train(cfg, acts):
+    """Train one SAE on the activations of one layer (common.Activations). Returns the evaluation.
+
+    Writes the run folder (common.Run): config, log, checkpoints, weights, evaluation, figures.
+    """
+    sae = MTSAE(acts.D, cfg).to(acts.device)
+    with torch.no_grad():
+        sae.scale.fill_(acts.scale)                                       # DEVIATION D1
+        sae.b_dec.copy_(acts.mean / acts.scale)
+        sae.mean.copy_(sae.b_dec)
+    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)   # U5
+    run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+
+    for step in run.steps():
+        # 1. batch: micro-batches that together hold cfg.batch_size sequences
+        batch = acts.batch(step)                                          # [(x (B, T, D), mask (B, T))]
+        n = common.total(sum(torch.stack([m.sum(), neighbours(m).sum()]) for _, m in batch))   # all processes
+        opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg, run.total)
+        opt.zero_grad()
+        # 2. forward and losses   3. backward
+        sums = {}
+        for x, mask in batch:
+            with acts.autocast():
+                terms, stats = losses(sae, x, mask, n, step, cfg)
+            sum(terms.values()).backward()
+            common.accumulate(sums, terms, **stats)
+        common.sum_gradients(sae)                                         # across processes
+        fires = common.total(sums.pop("fires")) > 0                       # (F,)
+        statistics = monitor(sae, batch, fires, n) if run.log_due(step) else {}
+        # 4. constrain the gradient
+        remove_parallel_gradient(sae)
+        if step == 0:
+            common.assert_gradients(sae, sums)
+        # 5. step   6. renormalise
+        opt.step()
+        normalize_decoder(sae)
+        # 7. bookkeeping: how long each neuron has been silent; the dead restart
+        sae.inactive.add_(1).mul_(~fires)
+        if resample_due(step, cfg):
+            resample(sae, opt, batch, step, cfg)
+        # ---------------------------------------------------------------------------------------
+        run.log(step, sums, lr=opt.param_groups[0]["lr"], **statistics)
+        run.save_if_due(step)
+
+    results = run.evaluate(cfg.eval, PAPER[cfg.variant], extra=extra_metrics)
+    return results
+
+
+@torch.no_grad()
+def monitor(sae, batch, fires, n):
+    """Sec. D.5, on log steps: gradient norm, convolution statistics (Table D.1), activation patterns.
+
+    Returns grad_norm (of the whole loss, before anything is projected), conv_mean_r and conv_std_r of each
+    branch, alive (share of the features active in this batch), resampled (share ever resampled).
+    """
+    out = {"grad_norm": nn.utils.get_total_norm([p.grad for p in sae.parameters()])}
+    out.update({f"conv_{name}": value for name, value in branch_statistics(sae, batch).items()})
+    return {**out, "alive": fires.float().mean(), "resampled": (sae.resampled > 0).float().mean()}
+
+
+@torch.no_grad()
+def branch_statistics(sae, batches):
+    """Mean and deviation of each convolution's output over scored tokens and channels, in raw units (A5)."""
+    sums = 0.0
+    for x, mask in batches:
+        y = sae.branches(sae.pad(x, mask))[mask] * sae.scale              # (n, K, D)
+        sums = sums + torch.stack([y.double().sum((0, 2)), y.double().square().sum((0, 2)),
+                                   torch.full_like(y[0, :, 0], y.shape[0] * y.shape[2], dtype=torch.float64)])
+    total, square, count = common.total(sums)                             # (K,) each
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    return {f"{name}_{r}": v for name, values in (("mean", mean), ("std", std)) for r, v in zip(sae.rates, values)}
+
+
+@torch.no_grad()
+def extra_metrics(sae, acts):
+    """What the convolutions learnt, and how many neurons were resampled."""
+    out = {"mixing": mixing(sae, acts),
+           "resampling": {"features": (sae.resampled > 0).double().mean().item(),
+                          "events": sae.resampled.sum().item()}}
+    if sae.cfg.variant == "unlearning":
+        out["branches"] = {k: v.item() for k, v in branch_statistics(sae, acts.heldout()).items()}
+    return out
+
+
+def mixing(sae, acts):
+    """How far tokens reach, and with what weight.
+
+    reach: the largest distance at which a change of one token changes a code, found by trying (one held-out window,
+    its middle token). neighbours: share of the kernels' energy on other tokens than the encoded one.
+    """
+    x, _ = next(acts.heldout(1))
+    middle = x.shape[1] // 2
+    changed = x.clone()
+    changed[:, middle] = -changed[:, middle]
+    moved = (sae.encode(x) != sae.encode(changed)).any(-1)[0].nonzero()[:, 0]
+    w = sae.kernels
+    if sae.cfg.variant == "extraction":
+        w, starts = merge_branches(sae.kernels, sae.starts, sae.origin)
+        own = w[starts.index(sae.origin)].square().sum()
+    else:
+        own = w[:, 2 if sae.causal else 1].square().sum()
+    reach = (moved - middle).abs().max().item() if len(moved) else 0
+    return {"reach": reach, "neighbours": (1 - own / w.square().sum()).item()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Command line; returns the exit status."""
+    return common.launch(__doc__, Config, LAPTOP, CHOICES, MTSAE, train, argv, VARIANTS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
