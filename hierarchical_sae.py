@@ -165,7 +165,10 @@ class Config:
     resume: str = ""                # run folder to continue exactly where it stopped
     overwrite: bool = False         # replace a finished run
     run: str = ""                   # with --eval: a finished run to evaluate again
-    eval: str = "core,temporal"     # evaluations after training: core, temporal, probing, unlearning, none
+    eval: str = "core,temporal"     # also: reconstruction, zero, probing, unlearning, features, none
+    export: str = ""                # write the SAE for saelens or dictionary_learning
+    steer: str = ""                 # edit features in generation, such as 123:+8,77:off (with --prompt)
+    prompt: str = ""                # text that --steer continues, with and without the edit
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints
 

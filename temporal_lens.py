@@ -134,7 +134,10 @@ class Config:
     resume: str = ""                # run folder to continue exactly where it stopped
     overwrite: bool = False         # replace a finished run
     run: str = ""                   # with --eval: a finished run to evaluate again
-    eval: str = "core,temporal"     # evaluations after training: core, temporal, probing, unlearning, none
+    eval: str = "core,temporal"     # also: reconstruction, zero, probing, unlearning, features, none
+    export: str = ""                # write the SAE for saelens or dictionary_learning
+    steer: str = ""                 # edit features in generation, such as 123:+8,77:off (with --prompt)
+    prompt: str = ""                # text that --steer continues, with and without the edit
     log_every: int = 10             # steps between lines of log.jsonl
     save_every: int = 500           # steps between checkpoints
 
@@ -536,9 +539,9 @@ def draw_positions(path, by, m, history, numbers):
                          cmap=plt.get_cmap("viridis", 10), extent=(0.5, T + 0.5, 0, 100)),
              "weight $w_t$ (mean 1)"),
             (c, c.scatter(by["error"], by["weight"], c=t, cmap="plasma", s=18), "position"),
-            (e, e.imshow(m[:, order].T, aspect="auto", interpolation="nearest", vmin=0, vmax=1,
-                         cmap=plt.get_cmap("gray_r", 5), extent=(0.5, T + 0.5, 0, len(order))),
-             "mask $m_{t,k}$"))
+            (e, e.imshow(m[:, order].T, aspect="auto", origin="lower", interpolation="nearest",
+                         vmin=0, vmax=1, cmap=plt.get_cmap("gray_r", 5),
+                         extent=(0.5, T + 0.5, 0, len(order))), "mask $m_{t,k}$"))
     for axis, image, label in bars:
         figure.colorbar(image, ax=axis, label=label)
     d.plot(t, by["off"], label="features off", color="tab:green")

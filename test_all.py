@@ -6,25 +6,36 @@ bad input · tsae · mtsae · temporal_lens · hierarchical · evaluation · rea
 Tests of the real model are skipped, with the reason printed, where its weights cannot be had.
 """
 import ast
+import base64
 import contextlib
+import dataclasses
 import io
 import json
+import lzma
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import hierarchical_sae
+import mtsae
+import temporal_lens
 import tsae
 
 HERE = Path(__file__).resolve().parent
@@ -727,7 +738,1990 @@ def test_tsae_reduction_collapse():
         assert good["core"]["L0"] > 3 and bad["core"]["L0"] < 0.1 * good["core"]["L0"]
 
 
-# --- sections of the other scripts are below -------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# mtsae.py
+# ---------------------------------------------------------------------------------------------
+
+
+def mts(variant="extraction", D=6, seed=0, **values):
+    """An untrained MTSAE with random kernels, and its Config."""
+    base = {**mtsae.VARIANTS[variant], "variant": variant, "T": 40, "k": 4, **values}
+    cfg = config(mtsae, **{k: v for k, v in base.items() if k != "model"})
+    sae = mtsae.MTSAE(D, cfg)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sae.kernels.copy_(0.5 * torch.randn(sae.kernels.shape, generator=gen))
+        sae.b_enc.copy_(0.3 * torch.randn(sae.b_enc.shape, generator=gen))
+        sae.scale.fill_(2.0)
+    return sae, cfg
+
+
+def mts_data(B=3, T=40, D=6, seed=1):
+    gen = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, T, generator=gen) > 0.2
+    return 2 * torch.randn(B, T, D, generator=gen), mask
+
+
+def reference_branch(x, kernel, rate, causal=False):
+    """One dilated depth-wise convolution by torch.nn.Conv1d: x (B, T, D), kernel (3, D)."""
+    D = x.shape[-1]
+    if causal:
+        conv = nn.Conv1d(D, D, 3, dilation=rate, groups=D, bias=False)
+        h = F.pad(x.transpose(1, 2), (2 * rate, 0))
+    else:
+        conv = nn.Conv1d(D, D, 3, dilation=rate, groups=D, bias=False, padding=rate, padding_mode="circular")
+        h = x.transpose(1, 2)
+    with torch.no_grad():
+        conv.weight.copy_(kernel.t()[:, None])
+    return conv(h).transpose(1, 2), conv
+
+
+def test_mtsae_convolutions_equal_conv1d():
+    """Eq. A.3: values and kernel gradients of the merged 7-tap filter, circular and causal."""
+    for padding in ("circular", "causal"):
+        sae, _ = mts(padding=padding, batch_norm="off")
+        x, _ = mts_data()
+        weight = torch.randn(3, 40, 6, generator=torch.Generator().manual_seed(3))
+        h = sae.temporal(x)
+        (h * weight).sum().backward()
+        want, convs = x / 2, []
+        for kernel, rate in zip(sae.kernels.detach(), (1, 4, 16)):
+            branch, conv = reference_branch(x / 2, kernel, rate, padding == "causal")
+            want = want + branch / 3
+            convs.append(conv)
+        assert torch.allclose(h, want, atol=1e-5), padding
+        (want * weight).sum().backward()
+        for grad, conv in zip(sae.kernels.grad, convs):
+            assert torch.allclose(grad, conv.weight.grad[:, 0].t(), atol=1e-4), padding
+
+
+def test_mtsae_paper_d_branches_equal_conv1d_and_layernorm():
+    """Eq. D.2, D.3: one LayerNorm a branch, concatenated."""
+    sae, _ = mts("unlearning")
+    x, _ = mts_data()
+    z = [F.layer_norm(reference_branch(x / 2, kernel, rate)[0], (6,)) for kernel, rate in zip(sae.kernels, (1, 2, 4, 8))]
+    want = torch.cat(z, -1)
+    assert sae.W_enc.shape == (24, 6)
+    assert torch.allclose(sae.temporal(x), want, atol=1e-5)
+    assert torch.allclose(sae.encode(x), F.relu(want @ sae.W_enc + sae.b_enc), atol=1e-5)
+
+
+def test_mtsae_receptive_field_is_16_tokens_not_128():
+    """FIDELITY fact 5; and a causal encoder never sees t + 1."""
+    for padding, reach in (("circular", {24, 28, 30 - 1, 30, 31, 34, 14, 46 % 40}), ("causal", None)):
+        sae, _ = mts(padding=padding, batch_norm="off")
+        sae.b_enc.data.fill_(10.0)                          # every feature on: the code is linear
+        x, _ = mts_data()
+        y = x.clone()
+        y[:, 20] += 1
+        moved_at = set((sae.encode(x) - sae.encode(y)).abs().amax((0, 2)).gt(1e-5).nonzero().flatten().tolist())
+        assert sae.causal == (padding == "causal")
+        if padding == "causal":
+            assert moved_at == {20 + r * i for r in (1, 4, 16) for i in (0, 1, 2) if 20 + r * i < 40}
+        else:
+            assert moved_at == {(20 + s * r) % 40 for r in (1, 4, 16) for s in (-1, 0, 1)}
+
+
+def test_mtsae_masked_tokens_do_not_matter():
+    for variant in ("extraction", "unlearning"):
+        sae, _ = mts(variant)
+        sae.eval()
+        x, mask = mts_data()
+        y = torch.where(mask[..., None], x, torch.full_like(x, 1e3))
+        assert torch.allclose(sae.encode(x, mask)[mask], sae.encode(y, mask)[mask], atol=1e-5), variant
+
+
+def test_mtsae_fill_masked():
+    x = torch.arange(1.0, 7.0).view(1, 6, 1)
+    mask = torch.tensor([[True, False, True, True, False, False]])
+    assert mtsae.fill_masked(x, mask).flatten().tolist() == [1, 0, 3, 4, 4, 4]
+    assert mtsae.fill_masked(x, ~mask & False).flatten().tolist() == [0] * 6
+
+
+def test_mtsae_batch_norm_skips_masked_tokens():
+    bn = mtsae.MaskedBatchNorm((6,), 0.1)
+    h, mask = mts_data()
+    y = bn(h, mask)[mask]
+    assert torch.allclose(y.mean(0), torch.zeros(6), atol=1e-5)
+    assert torch.allclose(y.var(0, unbiased=False), torch.ones(6), atol=1e-3)
+    assert torch.allclose(bn.running_mean, h[mask].mean(0), atol=1e-5)
+    bn.eval()
+    assert torch.allclose(bn(h)[mask], y, atol=1e-3)
+    g = h.clone().requires_grad_()                          # gradient against torch's own batch norm
+    bn.train()
+    weight = torch.randn(h[mask].shape, generator=torch.Generator().manual_seed(0))
+    (bn(g, mask)[mask] * weight).sum().backward()
+    k = h.clone().requires_grad_()
+    (F.batch_norm(k[mask], None, None, bn.weight, bn.bias, training=True) * weight).sum().backward()
+    assert torch.allclose(g.grad[mask], k.grad[mask], atol=1e-4)
+
+
+def test_mtsae_losses_by_hand():
+    x, mask = mts_data()
+    n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])
+    sae, cfg = mts()
+    terms, stats = mtsae.losses(sae, x, mask, n, 0, cfg)
+    sae.eval()
+    sae.bn.training = True
+    h = sae.temporal(x, mask)
+    f = sae.features(h)
+    error = ((sae.decode(f) - x) / 2)[mask].pow(2).sum(-1)
+    both = mask[:, 1:] & mask[:, :-1]
+    cosine = F.cosine_similarity(f[:, 1:], f[:, :-1], dim=-1)[both]
+    assert abs(terms["recon"] - 2 * error.mean()) < 1e-4 * error.mean()
+    assert abs(terms["l1"] - 0.04 * f[mask].sum(-1).mean()) < 1e-5
+    assert abs(terms["coherence"] + 0.15 * cosine.mean()) < 1e-5
+    assert abs(stats["active"] - (f[mask] > 0).sum(-1).float().mean()) < 1e-4
+    sae, cfg = mts("unlearning")
+    terms, _ = mtsae.losses(sae, x, mask, n, 0, cfg)
+    z = sae.temporal(x, mask).unflatten(2, (4, 6))[mask]   # (n, 4, 6)
+    pairs = [F.cosine_similarity(z[:, i], z[:, j], dim=-1).clamp(min=0) for i in range(4) for j in range(4) if i != j]
+    error = ((sae(x, mask)[0] - x) / 2)[mask].norm(dim=-1)
+    assert abs(terms["recon"] - error.mean()) < 1e-4 * error.mean()
+    assert abs(terms["separation"] - 0.1 * torch.stack(pairs).mean()) < 1e-5
+
+
+def test_mtsae_neighbour_cosine_gradient():
+    f = torch.rand(2, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    f[0, 3] = 0                                             # a token without features: cosine 0
+    pair = torch.rand(2, 8, generator=torch.Generator().manual_seed(1)) > 0.3
+    a, b = f.clone().requires_grad_(), f.clone().requires_grad_()
+    ours = mtsae.NeighbourCosine.apply(a, pair)
+    keep = pair & (f[:, 1:].norm(dim=-1) > 0) & (f[:, :-1].norm(dim=-1) > 0)
+    theirs = F.cosine_similarity(b[:, 1:], b[:, :-1], dim=-1)[keep].sum()
+    ours.backward(), theirs.backward()
+    assert abs(ours - theirs) < 1e-9 and torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+def test_mtsae_schedules():
+    cfg = config(mtsae, lr_warmup=1000)
+    assert [mtsae.lr_factor(s, cfg, 4000) for s in (0, 999, 3999)] == [0.001, 1, 1]
+    cfg = config(mtsae, lr_warmup=1000, schedule="cosine")
+    assert mtsae.lr_factor(1000, cfg, 3000) == 1 and abs(mtsae.lr_factor(2000, cfg, 3000) - 0.5) < 1e-9
+    assert mtsae.lr_factor(2999, cfg, 3000) < 1e-5
+    cfg = config(mtsae, resample_every=1000)
+    assert [s for s in range(3001) if mtsae.resample_due(s, cfg)] == [1000, 2000, 3000]
+
+
+def test_mtsae_resampling_resets_the_right_rows():
+    sae, cfg = mts(resample_every=5, dead_after=3)
+    opt = torch.optim.AdamW(sae.parameters())
+    for p in sae.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    dead = torch.tensor([False, True, False, False, True, False])
+    sae.inactive[dead] = 10
+    before = {n: p.detach().clone() for n, p in sae.named_parameters()}
+    mtsae.resample(sae, opt, [mts_data()], 5, cfg)
+    assert sae.resampled.tolist() == [0, 1, 0, 0, 1, 0] and (sae.inactive[dead] == 0).all()
+    for name, rows in (("W_dec", lambda t: t), ("W_enc", lambda t: t.t()), ("b_enc", lambda t: t)):
+        p = dict(sae.named_parameters())[name]
+        assert (rows(before[name])[~dead] == rows(p)[~dead]).all(), name
+        state = opt.state[p]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert (rows(state[key])[dead] == 0).all() and (rows(state[key])[~dead] != 0).all(), (name, key)
+    assert not torch.equal(before["W_dec"][dead], sae.W_dec[dead])
+    assert torch.allclose(sae.W_dec.norm(dim=1)[dead], torch.ones(2), atol=1e-5)
+    others = [p for n, p in sae.named_parameters() if n not in ("W_dec", "W_enc", "b_enc")]
+    assert others and all((opt.state[p]["exp_avg"] != 0).all() for p in others)
+
+
+def test_mtsae_every_parameter_moves_and_the_loss_falls():
+    for flags in ((), ("--variant", "unlearning"), ("--batch_norm", "branch", "--padding", "causal"), ("--activation", "topk",
+                                                                                                   "--k", 8)):
+        still, log = moved(mtsae, *flags, "--lr_warmup", 1, steps=40)
+        assert set(still) <= {"mean"}, (flags, still)
+        assert log[-1]["error"] < 0.95 * log[0]["error"], flags
+
+
+def test_mtsae_reduction_collapse():
+    with folder():
+        flags = ("--lr", 3e-3, "--lr_warmup", 1, "--l1", 4)
+        good, bad = tiny(mtsae, "sum", 200, *flags), tiny(mtsae, "mean", 200, *flags, "--recon_reduction", "mean")
+        assert good["core"]["L0"] > 3 and bad["core"]["L0"] < 0.3 * good["core"]["L0"]
+
+
+def test_mtsae_four_steps_from_ten_thousand_tokens():
+    with folder():
+        status, _, err = run(mtsae, "--variant", "unlearning", "--model", "synthetic", "--T", 128, "--tokens", 10000,
+                             "--steps", 0, "--batch_size", 16, "--heldout_tokens", 1024, "--out", "a")
+        assert status == 0, err
+        assert json.loads(Path("a/eval.json").read_text())["steps"] == 4       # 10,000 // 2,048
+
+
+def test_mtsae_micro_batches_add_up_without_batch_norm():
+    with folder():
+        for out, flags in (("whole", ()), ("split", ("--micro_batch", 1))):
+            tiny(mtsae, out, 8, "--variant", "unlearning", "--log_every", 1, *flags)
+        rows = [[json.loads(line)["loss"] for line in Path(n, "log.jsonl").read_text().splitlines()] for n in ("whole", "split")]
+        assert all(abs(a - b) < 1e-4 * abs(a) for a, b in zip(*rows))
+
+
+def test_mtsae_recovers_known_features():
+    with folder():
+        found = {}
+        for name, module, flags in (("standard", tsae, ("--no-temporal",)), ("extraction", mtsae, ()),
+                                    ("unlearning", mtsae, ("--variant", "unlearning"))):
+            status, _, err = run(module, "--model", "synthetic", "--out", name, "--eval", "reconstruction", *flags)
+            assert status == 0, err
+            found[name] = json.loads(Path(name, "eval.json").read_text())["recovery"]["mean_max_cosine"]
+        for name in ("extraction", "unlearning"):
+            assert found[name] >= 0.8 and found[name] > found["standard"] - 0.05, found
+
+
+def test_mtsae_killed_run_resumes_exactly():
+    killed_and_resumed("mtsae", "--log_every", 1, "--resample_every", 7, "--dead_after", 3)
+
+
+def test_mtsae_refuses_single_vectors_and_bad_rates():
+    sae, _ = mts()
+    try:
+        sae.encode(torch.zeros(5, 6))
+        raise AssertionError("accepted (N, D)")
+    except ValueError as error:
+        assert "sequences" in str(error)
+    refused(*TINY, "--rates", "1,x", module=mtsae, words=["dilation rates"])
+    refused(*TINY, "--rates", "0,2", module=mtsae, words=["dilation rates"])
+
+
+# ---------------------------------------------------------------------------------------------
+# temporal_lens.py
+# ---------------------------------------------------------------------------------------------
+
+
+def lens(D=6, seed=0, **values):
+    """An untrained TemporalLens with random biases, masks and error averages, and its Config."""
+    cfg = config(temporal_lens, **{"k": 4, "T": 5, **values})
+    sae = temporal_lens.TemporalLens(D, cfg)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sae.scale.fill_(2.0)
+        for p in (sae.b_enc, sae.b_dec, *([sae.alpha] if cfg.masks else [])):
+            p.copy_(0.3 * torch.randn(p.shape, generator=gen))
+        sae.error_ema.copy_(1 + torch.rand(cfg.T, generator=gen))
+        sae.tau.fill_(0.5)
+    return sae, cfg
+
+
+def some(B, T, D, seed=1):
+    gen = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(B, T, D, generator=gen), torch.rand(B, T, generator=gen) > 0.3
+
+
+# --- Eq. 3 to 5 ------------------------------------------------------------------------------
+
+
+def test_temporal_lens_encode_by_hand():
+    """Eq. 3, 4 with Python floats."""
+    sae, cfg = lens()
+    x, _ = some(2, 5, 6)
+    f = sae.encode(x)
+    for b, t, k in ((0, 0, 0), (1, 3, 2), (0, 4, 5), (1, 1, 1)):
+        pre = sum(x[b, t, d].item() / 2.0 * sae.W_enc[d, k].item() for d in range(6)) + sae.b_enc[k].item()
+        m = 1 / (1 + math.exp(-sae.alpha[t, k].item() / 0.5))
+        assert abs(f[b, t, k].item() - max(0.0, pre) * m) < 1e-5
+    x_hat = sae.decode(f)
+    assert torch.allclose(x_hat, 2.0 * (f @ sae.W_dec + sae.b_dec))
+    assert (f > 0).any() and (f == 0).any()
+
+
+def test_temporal_lens_sees_one_token_only():
+    sae, _ = lens()
+    x, _ = some(2, 5, 6)
+    y = x.clone()
+    y[:, 3] += 1
+    same = [torch.equal(sae.encode(x)[:, t], sae.encode(y)[:, t]) for t in range(5)]
+    assert same == [True, True, True, False, True] and sae.causal
+
+
+def test_temporal_lens_temperature():
+    cfg = config(temporal_lens)
+    tau = [temporal_lens.temperature(s, 301, cfg) for s in range(301)]
+    assert tau[0] == 5.0 and abs(tau[-1] - 0.1) < 1e-12
+    ratio = [b / a for a, b in zip(tau, tau[1:])]
+    assert max(ratio) - min(ratio) < 1e-12 and abs(tau[150] - math.sqrt(5.0 * 0.1)) < 1e-12
+    assert temporal_lens.temperature(0, 1, cfg) == 5.0                     # a run of one step divides by nothing
+    fixed = config(temporal_lens, anneal=False, tau_end=0.7)
+    assert {temporal_lens.temperature(s, 301, fixed) for s in (0, 150, 300)} == {0.7}
+
+
+def test_temporal_lens_initial_logits():
+    """N(0, 1/T): variance by default, deviation on request."""
+    for reading, std in (("variance", 64 ** -0.5), ("deviation", 1 / 64)):
+        alpha = temporal_lens.initial_alpha(400, config(temporal_lens, T=64, alpha_init=reading))
+        assert alpha.shape == (64, 400) and abs(alpha.std() / std - 1) < 0.02 and abs(alpha.mean()) < 0.02 * std * 10
+    sae, _ = lens(T=64)
+    assert sae.alpha.shape == (64, 6) and isinstance(sae.alpha, torch.nn.Parameter)
+
+
+def test_temporal_lens_other_lengths():
+    """U4: shorter = first rows, longer = last row repeated, single vectors = mean mask."""
+    sae, _ = lens()
+    x, _ = some(2, 9, 6)
+    m = torch.sigmoid(sae.alpha / 0.5)
+    pre = F.relu(x / 2 @ sae.W_enc + sae.b_enc)
+    assert torch.allclose(sae.encode(x[:, :3]), pre[:, :3] * m[:3])
+    assert torch.allclose(sae.encode(x)[:, :5], pre[:, :5] * m)
+    assert torch.allclose(sae.encode(x)[:, 5:], pre[:, 5:] * m[4])
+    assert torch.allclose(sae.encode(x[:, 7]), pre[:, 7] * m.mean(0))
+    assert sae.position_mask(1).shape == (1, 6) and sae.position_mask().shape == (6,)
+
+
+def test_temporal_lens_fold_makes_masks_hard():
+    sae, _ = lens()
+    sae.alpha.data[0, 0], sae.alpha.data[0, 1] = 1e-4, -1e-4
+    soft = sae.position_mask(5)
+    sae.fold()
+    m = sae.position_mask(5)
+    assert torch.equal(m, (sae.alpha > 0).float()) and not torch.equal(m, soft)
+    assert torch.isfinite(sae.encode(some(2, 5, 6)[0])).all()
+
+
+def test_temporal_lens_topk_counts_after_the_mask():
+    """With hard masks, k features are active wherever k unmasked ones are positive."""
+    sae, _ = lens(D=24, activation="topk", k=3)
+    sae.b_enc.data.fill_(5.0)
+    sae.fold()
+    f = sae.encode(some(2, 5, 24)[0])
+    open_features = (sae.alpha > 0).sum(1)
+    assert open_features.min() >= 3 and ((f > 0).sum(-1) == 3).all()
+
+
+# --- Eq. 6 to 8 ------------------------------------------------------------------------------
+
+
+def naive_loss(sae, x, mask, cfg):
+    """Eq. 8 token by token, in float64, averaged over scored tokens; weights sum to T."""
+    ema = sae.error_ema.double()
+    w = ema / ema.sum() * len(ema)
+    recon = l1 = 0.0
+    x_hat, f = sae(x)
+    for b in range(len(x)):
+        for t in range(x.shape[1]):
+            if mask[b, t]:
+                error = ((x[b, t].double() - x_hat[b, t].double()) / sae.scale.double()).pow(2).sum()
+                recon = recon + (1 if cfg.uniform_weights else w[t]) * error
+                l1 = l1 + (1 if cfg.uniform_weights else w[t]) * cfg.l1 * f[b, t].double().abs().sum()
+    return recon / mask.sum(), l1 / mask.sum()
+
+
+def test_temporal_lens_loss_equals_the_sum_over_tokens():
+    for uniform in (False, True):
+        sae, cfg = lens(uniform_weights=uniform, l1=0.3)
+        x, mask = some(3, 5, 6)
+        terms, stats, errors = temporal_lens.losses(sae, x, mask, mask.sum(), 0, cfg)
+        recon, l1 = naive_loss(sae, x, mask, cfg)
+        assert abs(terms["recon"] - recon) < 1e-5 * recon and abs(terms["l1"] - l1) < 1e-5 * l1
+        sum(terms.values()).backward()
+        grads = [p.grad.clone() for p in sae.parameters()]
+        sae.zero_grad()
+        sum(naive_loss(sae, x, mask, cfg)).backward()
+        assert all(torch.allclose(a, p.grad, atol=1e-5, rtol=1e-4) for a, p in zip(grads, sae.parameters()))
+        assert torch.equal(errors[1], mask.sum(0).float()) and abs(errors[0].sum() / mask.sum() - stats["error"]) < 1e-4
+        assert not errors.requires_grad
+        mean = temporal_lens.losses(sae, x, mask, mask.sum(), 0, config(temporal_lens, recon_reduction="mean",
+                                                                        uniform_weights=uniform))[0]
+        assert torch.allclose(mean["recon"] * 6, terms["recon"])
+
+
+def test_temporal_lens_masked_tokens_do_not_exist():
+    sae, cfg = lens()
+    x, mask = some(3, 5, 6)
+    y = torch.where(mask[..., None], x, 1000.0)
+    out = [temporal_lens.losses(sae, z, mask, mask.sum(), 0, cfg) for z in (x, y)]
+    grads = []
+    for terms, _, _ in out:
+        sae.zero_grad()
+        sum(terms.values()).backward()
+        grads.append([p.grad.clone() for p in sae.parameters()])
+    assert all(torch.equal(out[0][0][k], out[1][0][k]) for k in out[0][0])
+    assert torch.equal(out[0][2], out[1][2]) and torch.equal(out[0][1]["active"], out[1][1]["active"])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_temporal_lens_position_weights_by_hand():
+    sae, cfg = lens(T=4)
+    sae.error_ema.copy_(torch.tensor([1.0, 2.0, 3.0, 2.0]))
+    assert torch.allclose(temporal_lens.position_weights(sae), torch.tensor([0.5, 1.0, 1.5, 1.0]))
+    errors = torch.tensor([[40.0, 30.0, 0.0, 8.0], [4.0, 2.0, 0.0, 1.0]])        # means 10, 15, none, 8
+    temporal_lens.update_position_weights(sae, errors, cfg)
+    expected = torch.tensor([0.99 + 0.10, 1.98 + 0.15, 3.0, 1.98 + 0.08])
+    assert torch.allclose(sae.error_ema, expected)
+    assert abs(temporal_lens.position_weights(sae).sum() - 4) < 1e-5
+    stored, cfg = lens(T=4, ema_norm="store")
+    stored.error_ema.copy_(torch.tensor([1.0, 2.0, 3.0, 2.0]))
+    temporal_lens.update_position_weights(stored, errors, cfg)
+    assert torch.allclose(stored.error_ema, 4 * expected / expected.sum())
+    assert not sae.error_ema.requires_grad
+
+
+def test_temporal_lens_weights_carry_no_gradient():
+    """The gradient is that of fixed weights: twice the average changes nothing (only ratios count)."""
+    sae, cfg = lens()
+    x, mask = some(3, 5, 6)
+    grads = []
+    for factor in (1.0, 2.0):
+        sae.error_ema.mul_(factor)
+        sae.zero_grad()
+        sum(temporal_lens.losses(sae, x, mask, mask.sum(), 0, cfg)[0].values()).backward()
+        grads.append(sae.W_enc.grad.clone())
+    assert torch.allclose(*grads, atol=1e-6) and sae.error_ema.grad is None
+
+
+def test_temporal_lens_decoder_stays_on_the_sphere():
+    """Eq. 7: rows of norm 1; the gradient along a row is gone, the rest untouched."""
+    sae, cfg = lens()
+    x, mask = some(3, 5, 6)
+    sum(temporal_lens.losses(sae, x, mask, mask.sum(), 0, cfg)[0].values()).backward()
+    before, W = sae.W_dec.grad.clone(), sae.W_dec.detach()
+    temporal_lens.remove_parallel_gradient(sae)
+    assert (before * W).sum(1).abs().max() > 0.1 and (sae.W_dec.grad * W).sum(1).abs().max() < 1e-5
+    removed = before - sae.W_dec.grad
+    assert torch.allclose(removed, (removed * W).sum(1, keepdim=True) * W, atol=1e-5)
+    sae.W_dec.data.mul_(3)
+    temporal_lens.normalize_decoder(sae)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(6))
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def weights(path):
+    return common.load_tensors(Path(path) / "sae_weights.safetensors")[0]
+
+
+def test_temporal_lens_without_position_is_the_standard_sae_bit_for_bit():
+    with folder():
+        off = ("--no-masks", "--uniform_weights", "--pre_bias")
+        for more in ((), ("--activation", "topk", "--k", 4)):
+            tiny(temporal_lens, "lens", 20, *off, *more, "--overwrite", "--eval", "none")
+            tiny(tsae, "standard", 20, "--no-temporal", "--clip", 0, *more, "--overwrite", "--eval", "none")
+            a, b = weights("lens"), weights("standard")
+            names = ["W_enc", "W_dec", "b_enc", "b_dec", "scale"]
+            assert set(names) == set(b) and all(torch.equal(a[k], b[k]) for k in names)
+
+
+def test_temporal_lens_ablations_do_what_they_say():
+    with folder():
+        tiny(temporal_lens, "lens", 12, "--log_every", 1, "--eval", "none")
+        tiny(temporal_lens, "static", 12, "--static_masks", "--log_every", 1, "--eval", "none")
+        tiny(temporal_lens, "uniform", 12, "--uniform_weights", "--log_every", 1, "--eval", "none")
+        tiny(temporal_lens, "fixed", 12, "--no-anneal", "--log_every", 1, "--eval", "none")
+        log = {n: [json.loads(line) for line in Path(n, "log.jsonl").read_text().splitlines()]
+               for n in ("lens", "static", "uniform", "fixed")}
+        cfg = config(temporal_lens)
+        first = temporal_lens.initial_alpha(weights("lens")["alpha"].shape[1], cfg)
+        assert torch.equal(weights("static")["alpha"], first) and not torch.equal(weights("lens")["alpha"], first)
+        assert log["lens"][0]["tau"] == log["static"][0]["tau"] == 5.0 and abs(log["lens"][-1]["tau"] - 0.1) < 1e-9
+        assert {row["tau"] for row in log["fixed"]} == {0.1}
+        assert abs(weights("lens")["tau"] - 0.1) < 1e-6
+        assert all(abs(row["recon"] - row["error"]) < 1e-4 * row["error"] for row in log["uniform"])
+        assert any(abs(row["recon"] - row["error"]) > 1e-4 * row["error"] for row in log["lens"])
+        assert log["lens"][0]["recon"] == log["uniform"][0]["recon"]             # w_t = 1 at the first step
+        history = weights("lens")["weight_history"]
+        rows = history[history.sum(1) > 0]
+        assert len(rows) == 12 and torch.allclose(rows.sum(1), torch.full((12,), 32.0), atol=1e-3)
+        last = weights("lens")["error_ema"]
+        assert torch.allclose(rows[-1], last * 32 / last.sum(), atol=1e-5)
+
+
+def test_temporal_lens_every_parameter_moves_and_the_loss_falls():
+    for flags in ((), ("--no-masks",), ("--activation", "topk", "--k", 4),
+                  ("--alpha_init", "deviation", "--ema_norm", "store", "--no-project_gradient", "--no-anneal")):
+        still, log = moved(temporal_lens, *flags, "--lr_warmup", 1, "--eval", "none", steps=40)
+        assert not still, (flags, still)
+        assert log[-1]["error"] < 0.9 * log[0]["error"], flags
+    still, _ = moved(temporal_lens, "--static_masks", "--lr_warmup", 1, "--eval", "none")
+    assert still == ["alpha"]
+
+
+def test_temporal_lens_resumes_exactly():
+    killed_and_resumed("temporal_lens", "--log_every", 1, "--eval", "none")
+
+
+def test_temporal_lens_refuses_a_temperature_of_zero():
+    with folder() as here:
+        status, _, err = run(temporal_lens, "--model", "synthetic", "--tau_end", 0, "--out", "a")
+        assert status == 2 and "--tau_end" in err and "Traceback" not in err and not (here / "a").exists()
+
+
+def test_temporal_lens_micro_batches_add_up():
+    with folder():
+        tiny(temporal_lens, "split", 10, "--micro_batch", 1, "--eval", "none")
+        tiny(temporal_lens, "whole", 10, "--eval", "none")
+        a, b = weights("split"), weights("whole")
+        assert all(torch.allclose(a[k], b[k], atol=1e-4, rtol=1e-3) for k in a)
+
+
+# --- analysis --------------------------------------------------------------------------------
+
+
+def naive_span(column):
+    T = len(column)
+    return min(e - s for s in range(T) for e in range(s + 1, T + 1) if column[s:e].sum() >= column.sum() / 2 - 1e-9)
+
+
+def test_temporal_lens_spans():
+    assert temporal_lens.spans(np.full((128, 3), 0.3)).tolist() == [64, 64, 64]
+    one, two = np.zeros((128, 1)), np.zeros((128, 1))
+    one[17] = 5
+    two[[10, 99]] = 1
+    assert temporal_lens.spans(one).tolist() == [1] and temporal_lens.spans(two).tolist() == [1]
+    block = np.zeros((128, 1))
+    block[40:72] = 1
+    assert temporal_lens.spans(block).tolist() == [16]
+    random = np.random.default_rng(0).random((20, 30)) ** 4
+    assert temporal_lens.spans(random).tolist() == [naive_span(random[:, k]) for k in range(30)]
+
+
+class Windows:
+    """Held-out windows in memory with what the analysis asks of common.Activations."""
+    lm, layer, device = None, "0", torch.device("cpu")
+
+    def __init__(self, x, mask, sink=None):
+        self.x, self.mask, self.sink, self.T, self.D = x, mask, sink, x.shape[1], x.shape[2]
+        self.mean = x[mask].mean(0)
+
+    def heldout(self, size=16):
+        return zip(self.x.split(size), self.mask.split(size))
+
+    def heldout_with_sink(self, size=16):
+        if self.sink is None:
+            return None
+        return ((torch.cat([self.sink.expand(len(x), 1, -1), x], 1), F.pad(mask, (1, 0), value=True))
+                for x, mask in self.heldout(size))
+
+
+def test_temporal_lens_measure_by_hand():
+    sae, cfg = lens()
+    x, mask = some(37, 5, 6)
+    errors, profiles, off = temporal_lens.measure(sae, Windows(x, mask))
+    x_hat, f = sae(x)
+    error = ((x - x_hat) / 2).pow(2).sum(-1).detach()
+    assert errors.shape == (3, 37, 5)
+    assert np.allclose(errors[0], (error * mask).numpy(), atol=1e-4) and (errors[2] == mask.numpy()).all()
+    f = f.detach()
+    for t in range(5):
+        for half in (0, 1):
+            rows = f[half::2, t][mask[half::2, t]]
+            assert np.allclose(profiles[half, t], rows.mean(0).numpy(), atol=1e-5)
+        assert abs(off[t] - (f[:, t][mask[:, t]] == 0).float().mean().item()) < 1e-6
+
+
+def test_temporal_lens_early_late_and_compare():
+    rng = np.random.default_rng(0)
+    error = 1 + 0.1 * rng.random((50, 128))
+    error[:, :32] *= 0.85
+    scored = np.ones_like(error)
+    out = temporal_lens.early_late(error, 2 * np.ones_like(error), scored)
+    assert abs(out["early_error"] + 0.15) < 0.01 and out["p"] < 1e-10 and abs(out["early_unexplained"] + 0.15) < 0.01
+    error[:, 40], scored[:, 40] = 0, 0                              # not scored: must not pull the late mean down
+    assert abs(temporal_lens.early_late(error, scored, scored)["early_error"] - out["early_error"]) < 2e-3
+    none = temporal_lens.early_late(1 + 0.1 * rng.random((50, 128)), scored, np.ones_like(error))
+    assert abs(none["early_error"]) < 0.01 and none["p"] > 0.001
+
+    sae, cfg = lens()
+    worse, _ = lens()
+    worse.b_dec.data += 0.05
+    x, mask = some(40, 5, 6)
+    x = sae(x)[0].detach() + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    same, better = (temporal_lens.compare(sae, other, Windows(x, mask)) for other in (sae, worse))
+    assert same["a_against_b"] == 0 and better["sequences"] == 40
+    expected = [(((x - s(x)[0]) / 2).pow(2).sum(-1) * mask).sum(1) / mask.sum(1).clip(1) for s in (sae, worse)]
+    assert abs(better["a_against_b"] - (expected[0].mean() / expected[1].mean() - 1)) < 1e-5
+    d = (expected[0] - expected[1]).double().detach()
+    assert abs(better["t"] - d.mean() / d.std() * math.sqrt(40)) < 1e-2 * abs(better["t"])
+
+
+def test_temporal_lens_sink_alone_lowers_the_early_error():
+    """A constant sink that is fitted exactly: 1 of 8 early positions free, so early error falls by 1/8."""
+    sae, cfg = lens(T=32)
+    x, mask = some(20, 32, 6)
+    sink = torch.full((6,), 300.0)
+    errors = np.ones((3, 20, 32)) + 1e-6 * np.random.default_rng(0).random((3, 20, 32))
+    errors[2] = 1
+    cases = temporal_lens.sink_cases(sae, Windows(x, mask | True, sink), errors)
+    out = {name: temporal_lens.early_late(*case) for name, case in cases.items()}
+    assert abs(out["no_sink"]["early_error"]) < 1e-6 and abs(out["sink_fitted"]["early_error"] + 1 / 8) < 1e-5
+    assert out["sink_fitted"]["early_unexplained"] < -0.99
+    coded = ((sae(sink[None])[0] - sink) / 2).pow(2).sum().item()
+    assert abs(out["sink_as_coded"]["early_error"] - (7 + coded) / 8 + 1) < 1e-3 * coded
+    assert list(temporal_lens.sink_cases(sae, Windows(x, mask), errors)) == ["no_sink"]
+
+
+def test_temporal_lens_clusters_find_planted_groups():
+    from sklearn.metrics import adjusted_rand_score
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(8), 10)
+    profile = 0.1 * rng.random((128, 80))
+    for k, g in enumerate(group):
+        profile[16 * g:16 * (g + 1), k] += 1 + rng.random()
+    tree, labels = temporal_lens.cluster(profile)
+    assert adjusted_rand_score(group, labels) == 1.0 and tree.shape == (79, 4)
+    noise = [temporal_lens.cluster(rng.random((128, 80)))[1] for _ in range(2)]
+    assert abs(adjusted_rand_score(*noise)) < 0.1
+
+
+def planted(n=1024, T=32, D=32, n_features=32, seed=0):
+    """Sequences whose feature i is active only at positions starts[i] <= t < ends[i] -> x, dictionary, range (T, K)."""
+    gen = torch.Generator().manual_seed(seed)
+    dictionary = F.normalize(torch.randn(n_features, D, generator=gen), dim=1)
+    start = torch.randint(0, T - 8, (n_features,), generator=gen)
+    end = (start + torch.randint(8, 17, (n_features,), generator=gen)).clamp(max=T)
+    t = torch.arange(T)[:, None]
+    inside = (t >= start) & (t < end)                                           # (T, K)
+    on = (torch.rand(n, T, n_features, generator=gen) < 0.25) & inside
+    values = on * (1 + torch.rand(n, T, n_features, generator=gen))
+    x = values @ dictionary * math.sqrt(D) + 0.05 * math.sqrt(D) * torch.randn(n, T, D, generator=gen)
+    return x, dictionary, inside
+
+
+def mask_auc(sae, dictionary, inside):
+    """Mean AUC of the masks as scores for "inside the planted range", over true features found (cosine > 0.8)."""
+    from sklearn.metrics import roc_auc_score
+    cosine = dictionary @ sae.W_dec.detach().t()
+    found = (cosine.max(1).values > 0.8).nonzero().flatten().tolist()
+    m = sae.position_mask(inside.shape[0]).detach()
+    return float(np.mean([roc_auc_score(inside[:, i], m[:, cosine[i].argmax()]) for i in found])), len(found)
+
+
+def test_temporal_lens_masks_recover_planted_ranges():
+    x, dictionary, inside = planted()
+    flags = dict(T=32, batch_size=16, steps=700, lr=4e-3, lr_warmup=50, l1=0.3, heldout_tokens=2048, log_every=700,
+                 save_every=5000, micro_batch=0, eval="none")
+    with folder():
+        scores = {}
+        for name, more in (("learnt", {}), ("static", {"static_masks": True})):
+            cfg = config(temporal_lens, out=name, **flags, **more)
+            acts = common.Activations(cfg, None, "0", common.ArrayStore(x[:960]), common.ArrayStore(x[960:]))
+            temporal_lens.train(cfg, acts)
+            sae = temporal_lens.TemporalLens(32, cfg)
+            sae.load_state_dict(weights(name))
+            scores[name] = mask_auc(sae, dictionary, inside)
+        assert scores["learnt"][1] >= 24, scores
+        assert scores["learnt"][0] > 0.95 and abs(scores["static"][0] - 0.5) < 0.1, scores
+
+
+def test_temporal_lens_analysis_writes_numbers_and_figures():
+    with folder():
+        for out, flags in (("lens", ()), ("plain", ("--no-masks", "--uniform_weights"))):
+            results = tiny(temporal_lens, out, 30, *flags)
+            for name in ("positions.png", "clusters.png"):
+                size = Path(out, name).stat().st_size
+                assert 5_000 < size < 150_000, (name, size)
+            arrays = json.loads(Path(out, "position.json").read_text())
+            assert len(arrays["error"]) == len(arrays["weight"]) == 32 and abs(sum(arrays["weight"]) - 32) < 1e-3
+            assert abs(np.mean(arrays["off"]) - results["masks"]["features_off"]) < 1e-4
+            assert abs(results["masks"]["features_off"] - results["core"]["inactive"]) < 1e-3
+            assert "synthetic" in results["claims"]["early_error"] and results["span"]["ignoring_position"] == 16
+        assert results["masks"]["mean_mask"] == 1 and results["masks"]["EV_lost_by_folding"] == 0
+        lens_results = json.loads(Path("lens/eval.json").read_text())
+        assert lens_results["masks"]["r_with_first_draw"] > 0.95         # 30 steps hardly move the logits
+        status, out, err = run(temporal_lens, "--run", "lens", "--eval", "core")
+        again = json.loads(Path("lens/eval.json").read_text())
+        assert status == 0 and again["masks"] == lens_results["masks"], err
+
+
+def test_temporal_lens_analysis_by_hand_and_of_a_dead_sae():
+    """What folding costs, what is left of the first draw; then nothing active anywhere: no crash."""
+    sae, cfg = lens(D=12, T=32, k=4)
+    x, mask = some(20, 32, 12)
+    windows = Windows(x, mask)
+    with folder() as here:
+        numbers = temporal_lens.analyse(sae, windows, here)
+        r = torch.corrcoef(torch.stack([temporal_lens.initial_alpha(12, cfg), sae.alpha.detach()]).flatten(1))[0, 1]
+        assert abs(numbers["masks"]["r_with_first_draw"] - r) < 1e-5 and sae.tau == 0.5
+
+        def explained():
+            return common.core_metrics((x, *sae(x), mask) for x, mask in windows.heldout())["EV"]
+        soft = explained()
+        sae.fold()
+        assert abs(numbers["masks"]["EV_lost_by_folding"] - (soft - explained())) < 1e-4 and soft != explained()
+        sae.b_enc.data.fill_(-1e6)
+        numbers = temporal_lens.analyse(sae, windows, here)
+        assert numbers["masks"]["features_off"] == 1.0 and "clusters" not in numbers
+        assert math.isnan(numbers["span"]["median"]) and (here / "positions.png").exists()
+
+
+def test_temporal_lens_claims_verdicts():
+    class Real:
+        lm, layer = "a language model", 5
+    numbers = {"position": {"no_sink": {"early_error": -0.15, "p": 0.01}, "weight_difficulty_r": 0.82},
+               "masks": {"features_off": 0.73, "mean_mask": 0.3}, "span": {"median": 16.0, "ignoring_position": 64}}
+    verdicts = {k: v.split(": ")[1] for k, v in temporal_lens.claims(numbers, Real).items()}
+    assert verdicts == {"early_error": "reproduced", "features_off": "reproduced", "weight_difficulty_r": "reproduced",
+                        "mean_mask": "refuted on this model", "span": "reproduced"}
+    numbers["position"]["no_sink"]["p"] = 0.2
+    Real.layer = 19
+    verdicts = {k: v.split(": ")[1] for k, v in temporal_lens.claims(numbers, Real).items()}
+    assert verdicts["early_error"] == verdicts["span"] == "refuted on this model"
+    numbers["span"]["median"] = 63.0
+    assert temporal_lens.claims(numbers, Real)["span"].startswith("63: reproduced, but a feature that ignores")
+    assert set(temporal_lens.PAPER) == {f"claims.{k}" for k in verdicts}
+
+
+def test_temporal_lens_copies_and_map():
+    """Every name in the paper -> code map exists and every mapped equation is cited in the body."""
+    source = Path(temporal_lens.__file__).read_text()
+    rows = re.findall(r"^    (Eq\. \d|Sec\. [\d., ]+|Fig\. 1, 6\.3) +(\w+(?:\.\w+)?(?:, \w+)*)",
+                      temporal_lens.__doc__.split("Paper -> code")[1].split("What the paper leaves")[0], re.M)
+    body = source.split('"""', 2)[2]
+    assert len(rows) >= 12
+    for where, names in rows:
+        for name in names.split(", "):
+            owner = temporal_lens
+            for part in name.split("."):
+                owner = getattr(owner, part)
+        assert not where.startswith("Eq") or where in body, where
+    for mark in set(re.findall(r"(?:AMBIGUOUS|UNSPECIFIED|DEVIATION) ([AUD]\d)", temporal_lens.__doc__)):
+        assert re.search(rf"\b{mark}\b", body), mark
+
+
+# ---------------------------------------------------------------------------------------------
+# hierarchical_sae.py
+# ---------------------------------------------------------------------------------------------
+
+
+ALL = tuple(hierarchical_sae.VARIANTS)
+
+
+def hs_config(**values):
+    base = dict(model="synthetic", tokens=4096, heldout_tokens=1024, T=32, batch_size=4, steps=6, cache="none",
+                checkpointing=False, log_every=1, lr=3e-3, eval="none", gru_divisor=4)
+    return hierarchical_sae.Config(**{**base, **values})
+
+
+def hs_sae(D=16, seed=0, **values):
+    """A model whose zero-initialised parameters are random too, so that every path counts."""
+    sae = hierarchical_sae.HierarchicalSAE(D, hs_config(seed=seed, k=min(8, D), **values))
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            if name.startswith(("b_", "log_psi", "W_route")):
+                p.copy_(0.1 * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(1.7)
+    return sae
+
+
+def hs_data(B=3, T=12, D=16, seed=0, masked=(2, 7)):
+    gen = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn(B, T, D, generator=gen)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[:, list(masked)] = False
+    return x, mask
+
+
+def hs_train(out, **values):
+    """Real train() on synthetic data -> (state dict, log rows)."""
+    cfg = hs_config(out=str(out), **values)
+    for acts in common.open_activations(cfg):
+        hierarchical_sae.train(cfg, acts)
+    state = common.load_tensors(Path(out) / "sae_weights.safetensors")[0]
+    return state, [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+# --- encoder: limits, levels, routing, local and global mixing, masks, causality ----------------
+
+
+def test_hierarchical_one_level_is_the_standard_sae():
+    x, mask = hs_data()
+    sae = hs_sae(variant="hierarchical", levels=1)
+    plain = tsae.TSAE(16, tsae.Config(temporal=False, k=8))
+    plain.load_state_dict({k: v for k, v in sae.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(sae.encode(x, mask), plain.encode(x)) and torch.equal(sae(x)[0], plain(x)[0])
+    assert not hasattr(sae, "W_route")
+    assert not torch.allclose(hs_sae(variant="hierarchical").encode(x), plain.encode(x))
+
+
+def test_hierarchical_levels_code_what_is_left_over():
+    x, _ = hs_data()
+    sae = hs_sae(variant="hierarchical")
+    W, V, b = sae.W_enc, sae.W_dec, sae.b_enc
+    assert sae.sizes == [6, 5, 5] and hierarchical_sae.split(576, 3) == [192] * 3 and hierarchical_sae.split(8, 3) == [3, 3, 2]
+    h = x[1, 4] / sae.scale - sae.b_dec
+    g = torch.softmax(h @ sae.W_route + sae.b_route, 0)
+    z1 = 3 * g[0] * F.relu(h @ W[:, :6] + b[:6])
+    z2 = 3 * g[1] * F.relu((h - z1 @ V[:6]) @ W[:, 6:11] + b[6:11])
+    z3 = 3 * g[2] * F.relu((h - z1 @ V[:6] - z2 @ V[6:11]) @ W[:, 11:] + b[11:])
+    assert torch.allclose(sae.encode(x)[1, 4], torch.cat([z1, z2, z3]), atol=1e-5)
+    top = hs_sae(variant="hierarchical", activation="topk")                # k = 8 = 3 + 3 + 2
+    active = (top.encode(x) > 0).sum(-1)
+    assert active.max() <= 8 and ((top.encode(x)[..., :6] > 0).sum(-1) <= 3).all()
+
+
+def test_hierarchical_position_wise_variants_take_vectors_and_temporal_refuses():
+    x, _ = hs_data()
+    for name in ALL:
+        sae = hs_sae(variant=name)
+        if name == "temporal":
+            try:
+                sae.encode(x[0])
+            except common.UserError as error:
+                assert "sequences" in str(error)
+                continue
+            raise AssertionError("a single vector was accepted")
+        assert torch.allclose(sae.encode(x[0]), sae.encode(x)[0], atol=1e-6), name
+        assert sae.causal
+        a, b = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+        assert torch.allclose(sae.decode(a + b) + sae.b_dec * sae.scale, sae.decode(a) + sae.decode(b), atol=1e-5)
+    try:
+        hs_sae(D=12, variant="temporal")
+    except common.UserError as error:
+        assert "heads" in str(error)
+    else:
+        raise AssertionError("a width that 8 heads do not divide was accepted")
+
+
+def test_hierarchical_local_equals_conv1d():
+    x, mask = hs_data(masked=())
+    for causal in (False, True):
+        sae = hs_sae(causal=causal)
+        weights = [w.view(3, 16, 16).permute(2, 1, 0) for w in (sae.W_conv1, sae.W_conv2)]   # (out, in, kernel)
+        h = x.transpose(1, 2)
+        for i, (w, b) in enumerate(zip(weights, (sae.b_conv1, sae.b_conv2))):
+            h = F.relu(h) if i else h
+            h = F.conv1d(F.pad(h, (2, 0)), w, b) if causal else F.conv1d(h, w, b, padding=1)
+        assert torch.allclose(sae.local(x, mask), h.transpose(1, 2), atol=1e-4)
+
+
+def test_hierarchical_attention_equals_multihead_attention():
+    x, mask = hs_data()
+    for causal in (False, True):
+        sae = hs_sae(causal=causal)
+        ref = nn.MultiheadAttention(16, 8, bias=False, batch_first=True)
+        with torch.no_grad():
+            ref.in_proj_weight.copy_(sae.W_qkv.t())
+            ref.out_proj.weight.copy_(sae.W_out.t())
+        hide = torch.ones(12, 12, dtype=torch.bool).triu(1) if causal else torch.zeros(12, 12, dtype=torch.bool)
+        y = ref(x, x, x, key_padding_mask=~mask, attn_mask=hide, need_weights=False)[0]
+        assert torch.allclose(sae.attend(x, mask)[mask], y[mask], atol=1e-5)
+    sae.attend(x, torch.zeros_like(mask))                                  # no key at all ...
+    assert torch.isfinite(sae.encode(x, torch.zeros_like(mask))).all()     # ... and still finite
+
+
+def test_hierarchical_causality():
+    x, mask = hs_data(T=12, masked=(3,))
+    later = x.clone()
+    later[:, 8:] = 3 * torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(1))
+    for compose in ("residual", "literal", "parallel"):
+        for causal in (True, False):
+            sae = hs_sae(causal=causal, compose=compose)
+            same = torch.allclose(sae.encode(x, mask)[:, :8], sae.encode(later, mask)[:, :8], atol=1e-6)
+            assert same == causal == sae.causal, (compose, causal)
+            assert torch.allclose(sae.route(x)[:, :8], sae.route(later)[:, :8])   # the router never looks ahead
+    image = torch.randn(2, 12, 16)
+    changed = image.clone()
+    changed[:, 8:] = 0
+    assert torch.allclose(sae.predict(image)[:, :8], sae.predict(changed)[:, :8], atol=1e-6)
+
+
+def test_hierarchical_masked_tokens_influence_nobody():
+    x, mask = hs_data()
+    loud = torch.where(mask[..., None], x, 1e4 * torch.ones_like(x))
+    for compose in ("residual", "literal", "parallel"):
+        sae = hs_sae(compose=compose)
+        assert torch.allclose(sae.encode(x, mask)[mask], sae.encode(loud, mask)[mask], atol=1e-5)
+        padded = torch.cat([x[:, :9], 1e4 * torch.ones(3, 3, 16)], 1)      # padding = the end of the text
+        real = torch.ones(3, 9, dtype=torch.bool)
+        assert torch.allclose(sae.encode(x[:, :9]), sae.encode(padded, F.pad(real, (0, 3)))[:, :9], atol=1e-5)
+    n = mask.sum()
+    for name in ALL:
+        sae = hs_sae(variant=name)
+        quiet, noisy = (hierarchical_sae.losses(sae, t, mask, n, 0, sae.cfg)[0] for t in (x, loud))
+        for term in quiet:
+            assert torch.allclose(quiet[term], noisy[term], rtol=1e-4), (name, term)
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+def test_hierarchical_routing_loss_by_hand():
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    even = torch.full((2, 4, 3), 1 / 3)
+    one = F.one_hot(torch.zeros(2, 4, dtype=torch.long), 3).float()
+    turn = torch.eye(3)[torch.tensor([[0, 1, 2, 0], [0, 1, 2, 2]])]
+    assert abs(hierarchical_sae.routing_loss(even, mask)) < 1e-5
+    assert torch.allclose(hierarchical_sae.routing_loss(one, mask), torch.tensor(6 * math.log(3)), atol=1e-5)
+    # window 1: shares 1/2, 1/4, 1/4 (entropy 1.5 log 2), window 2: 1/2, 1/2 (log 2): choosing is free, starving is not
+    want = 4 * (math.log(3) - 1.5 * math.log(2)) + 2 * (math.log(3) - math.log(2))
+    assert torch.allclose(hierarchical_sae.routing_loss(turn, mask), torch.tensor(want), atol=1e-5)
+
+
+def test_hierarchical_temporal_losses_equal_loops():
+    x, mask = hs_data(D=16)
+    sae = hs_sae()
+    f = F.relu(torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(3)))
+    got = hierarchical_sae.temporal_losses(sae, f, x, mask, sae.cfg)
+    psi = sae.log_psi.exp()
+    image = (x / sae.scale - sae.b_dec) * mask[..., None]
+    predicted = sae.predict(image)
+
+    def c(b, t, u):
+        return F.cosine_similarity(psi * f[b, t], psi * f[b, u], dim=0)
+    want = dict.fromkeys(got, 0.0)
+    for b in range(3):
+        for t in range(11):
+            if mask[b, t] and mask[b, t + 1]:
+                logits = torch.stack([c(b, t, u) / 2.0 for u in range(12) if u != t and mask[b, u]])
+                want["consistency"] += 1 - c(b, t, t + 1)
+                want["contrastive"] += logits.logsumexp(0) - c(b, t, t + 1) / 2.0
+                want["prediction"] += (predicted[b, t] - image[b, t + 1]).square().mean()
+    for name in want:
+        assert torch.allclose(got[name], want[name], rtol=1e-4), name
+
+
+def test_hierarchical_consistency_is_in_0_1_and_constant_codes_are_perfect():
+    f = F.relu(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)))
+    c = hierarchical_sae.consistency_matrix(f, torch.randn(16, generator=torch.Generator().manual_seed(1)))
+    assert c.min() >= 0 and c.max() <= 1 + 1e-6
+    f[:, 3] = 0                                                            # a token without a feature: no NaN
+    f.requires_grad_()
+    hierarchical_sae.consistency_matrix(f).sum().backward()
+    assert torch.isfinite(f.grad).all()
+    sae, mask = hs_sae(), torch.ones(2, 9, dtype=torch.bool)
+    constant = f.detach()[:, :1].expand(-1, 9, -1)
+    terms = hierarchical_sae.temporal_losses(sae, constant, torch.zeros(2, 9, 16), mask, sae.cfg)
+    assert abs(terms["consistency"]) < 1e-4
+    # 8 pairs a window, 8 candidates each (all but the token itself): the contrast sees nothing to prefer
+    assert torch.allclose(terms["contrastive"], torch.tensor(16 * math.log(8)), rtol=1e-5)
+
+
+def test_hierarchical_prediction_target_has_no_gradient():
+    sae, mask = hs_sae(), torch.ones(1, 2, dtype=torch.bool)
+    x_hat = torch.randn(1, 2, 16, requires_grad=True)                      # one pair: token 0 predicts token 1
+    hierarchical_sae.temporal_losses(sae, torch.ones(1, 2, 16), x_hat, mask, sae.cfg)["prediction"].backward()
+    assert x_hat.grad[0, 0].abs().max() > 0 and x_hat.grad[0, 1].abs().max() == 0
+
+
+def test_hierarchical_losses_by_hand_and_reductions():
+    x, mask = hs_data()
+    n = mask.sum()
+    for name in ALL:
+        sae = hs_sae(variant=name)
+        terms, stats = hierarchical_sae.losses(sae, x, mask, n, 0, sae.cfg)
+        x_hat, f = sae(x, mask)
+        error = ((x_hat - x) / 1.7)[mask].square().sum(1).mean()
+        assert torch.allclose(terms["recon"], error, rtol=1e-5)
+        assert torch.allclose(terms["l1"], 0.04 * f[mask].sum(1).mean(), rtol=1e-5)
+        assert set(terms) - {"recon", "l1"} == (
+            {"routing", "consistency", "contrastive", "prediction"} if name == "temporal" else
+            {"routing"} if name == "hierarchical" else set()), name
+        if name == "temporal":
+            for term, value in hierarchical_sae.temporal_losses(sae, f, x_hat, mask, sae.cfg).items():
+                assert torch.allclose(terms[term], 0.2 * value / n, rtol=1e-5), term
+        sum(terms.values()).backward()
+        whole = {k: p.grad.clone() for k, p in sae.named_parameters() if p.grad is not None}
+        sae.zero_grad()
+        halves = [hierarchical_sae.losses(sae, x[i], mask[i], n, 0, sae.cfg)[0] for i in (slice(1), slice(1, 3))]
+        for half in halves:                                                # micro-batches add up exactly
+            sum(half.values()).backward()
+        for term in terms:
+            assert torch.allclose(halves[0][term] + halves[1][term], terms[term], rtol=1e-4), (name, term)
+        for k, p in sae.named_parameters():
+            assert torch.allclose(p.grad, whole[k], rtol=1e-3, atol=1e-6), (name, k)
+    mean = hierarchical_sae.losses(hs_sae(variant="adversarial", recon_reduction="mean"), x, mask, n, 0,
+                     hs_config(recon_reduction="mean"))[0]["recon"]
+    assert torch.allclose(16 * mean, hierarchical_sae.losses(hs_sae(variant="adversarial"), x, mask, n, 0, hs_config())[0]["recon"])
+
+
+def test_hierarchical_checkpointing_changes_no_gradient():
+    x, mask = hs_data()
+    grads = []
+    for checkpointing in (False, True):
+        sae = hs_sae(checkpointing=checkpointing)
+        sum(hierarchical_sae.losses(sae, x, mask, mask.sum(), 0, sae.cfg)[0].values()).backward()
+        grads.append({k: p.grad for k, p in sae.named_parameters()} | {"tally": sae.tally})
+    for k in grads[0]:
+        assert torch.equal(grads[0][k], grads[1][k]), k
+
+
+# --- margins, attribution, the adversarial term ---------------------------------------------------
+
+
+def test_hierarchical_similarity_in_blocks_equals_the_full_matrix():
+    W = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    rows = torch.tensor([3, 49, 0, 17, 18])
+    full = (W @ W.t()).fill_diagonal_(-2).max(1).values[rows]
+    fast = hierarchical_sae.similarity(W, rows, block=2)
+    assert torch.allclose(fast, full, atol=1e-6)
+    grads = [torch.autograd.grad(s.square().sum(), W, retain_graph=True)[0] for s in (fast, full)]
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_hierarchical_margin_by_hand():
+    sae = hs_sae(D=16, variant="self-aligning")
+    rows = torch.tensor([1, 4])
+    first = hierarchical_sae.update_margin(sae, torch.tensor([0.2, 0.5]), rows, sae.cfg)
+    assert torch.allclose(first, torch.tensor([0.2, 0.5]))                 # mu_0 = s_0, sigma_0 = 0
+    second = hierarchical_sae.update_margin(sae, torch.tensor([0.4, 0.5]), rows, sae.cfg)
+    mean = 0.95 * 0.2 + 0.05 * 0.4                                         # Eq. 3
+    std = math.sqrt(0.05 * (0.4 - mean) ** 2)                              # Eq. 4
+    assert torch.allclose(second, torch.tensor([mean + 2 * std, 0.5]))     # Eq. 5
+    assert mean + 2 * std < 0.4                                            # a jump is over its margin
+    third = hierarchical_sae.update_margin(sae, torch.tensor([0.4, 0.4]), rows, sae.cfg)
+    mean2 = 0.95 * mean + 0.05 * 0.4
+    std2 = math.sqrt(0.95 * std ** 2 + 0.05 * (0.4 - mean2) ** 2)
+    assert torch.allclose(third[0], torch.tensor(mean2 + 2 * std2))
+    assert sae.margin_mean.isnan().sum() == 14                             # the others were not touched
+    fixed = dataclasses.replace(sae.cfg, adapt=False)
+    assert torch.allclose(hierarchical_sae.update_margin(sae, torch.tensor([0.9]), torch.tensor([7]), fixed), torch.tensor(0.9))
+    assert torch.allclose(hierarchical_sae.update_margin(sae, torch.tensor([0.1]), torch.tensor([7]), fixed), torch.tensor(0.9))
+
+
+def test_hierarchical_margin_ignores_drift():
+    """The finding of the docstring: a steady drift is never over the margin, noise in 1 % of the steps."""
+    sae = hs_sae(D=16, variant="self-aligning")
+    rows, over = torch.arange(16), []
+    for step in range(300):
+        s = torch.full((16,), 0.1 + 0.002 * step)
+        over.append((s > hierarchical_sae.update_margin(sae, s, rows, sae.cfg)).any().item())
+    assert any(over[:10]) and not any(over[60:])
+    gen, count = torch.Generator().manual_seed(0), 0
+    for step in range(2000):
+        s = 0.3 + 0.05 * torch.randn(16, generator=gen)
+        count += (s > hierarchical_sae.update_margin(sae, s, rows, sae.cfg)).sum().item() if step >= 200 else (
+            hierarchical_sae.update_margin(sae, s, rows, sae.cfg).sum() * 0).item()
+    assert 0.003 < count / (1800 * 16) < 0.03
+
+
+def test_hierarchical_adversarial_weight_by_hand():
+    got = hierarchical_sae.adversarial_weight(torch.tensor([0.0, 0.3, 0.55, 0.6, 0.9, 1.0]))
+    assert torch.allclose(got, torch.tensor([0.1, 0.1, 0.1, 0.1, 0.4, 0.5]))
+
+
+def test_hierarchical_attribution_is_the_gradient_at_the_code():
+    """For a linear decoder: dL/dz = (2 / n) (x_hat - x) W_dec^T + lambda_1 / n at scored tokens."""
+    x, mask = hs_data()
+    sae = hs_sae(variant="adversarial")
+    n = mask.sum()
+    for part in (slice(0, 1), slice(1, 3)):                                # two micro-batches
+        sum(hierarchical_sae.losses(sae, x[part], mask[part], n, 0, sae.cfg)[0].values()).backward()
+    hierarchical_sae.update_monitor(sae, n, 0, sae.cfg)
+    with torch.no_grad():
+        x_hat, f = sae(x, mask)
+        grad = (2 * ((x_hat - x) / 1.7) @ sae.W_dec.t() + 0.04)[mask] / n
+        assert torch.allclose(sae.attribution, grad.norm(dim=0), rtol=1e-4)
+        assert torch.allclose(sae.feature_ema[0], f[mask].mean(0), atol=1e-6)     # first step: the plain mean
+        assert torch.allclose(sae.feature_ema[2], (f[mask] > 0).float().mean(0))
+    assert sae.tally.abs().sum() == 0 and "tally" not in sae.state_dict()
+
+
+def test_hierarchical_adversarial_loss_by_hand():
+    for name, strength in (("adversarial", 1.0), ("disentangled", 10.0)):
+        sae = hs_sae(D=16, variant=name)
+        with torch.no_grad():
+            sae.W_dec[1] = F.normalize(sae.W_dec[0] + 0.1 * sae.W_dec[1], dim=0)     # two near copies
+        sae.attribution.copy_(torch.arange(16.0).flip(0))                  # features 0, 1, 2 are above 85 %
+        term, log = hierarchical_sae.adversarial_loss(sae, 0, sae.cfg)
+        cosine = (sae.W_dec @ sae.W_dec.t()).fill_diagonal_(-2).max(1).values
+        A = torch.tensor([15.0, 14.0, 13.0])
+        spurious = (A * cosine[:3].clamp(min=0)).sum() / A.sum()
+        weight = max(spurious.item() - 0.5, 0.1)
+        want = weight * strength * ((A / 15) * cosine[:3].clamp(min=0).square()).sum()
+        assert torch.allclose(term, want, rtol=1e-5) and abs(log["A_spurious"] - spurious) < 1e-6
+        term.backward()
+        assert sae.W_dec.grad[0].abs().max() > 0
+        sae.attribution.zero_()                                            # nothing known yet (step 0): no penalty
+        assert hierarchical_sae.adversarial_loss(sae, 0, sae.cfg)[0] == 0
+
+
+def test_hierarchical_adversarial_loss_separates_copies():
+    sae = hs_sae(D=16, variant="disentangled")
+    with torch.no_grad():
+        sae.W_dec[1] = F.normalize(sae.W_dec[0] + 0.1 * sae.W_dec[1], dim=0)
+    sae.attribution[:2] = 1.0
+    before = (sae.W_dec[0] @ sae.W_dec[1]).item()
+    for step in range(50):
+        sae.zero_grad()
+        hierarchical_sae.adversarial_loss(sae, step, sae.cfg)[0].backward()
+        with torch.no_grad():
+            sae.W_dec -= 0.05 * sae.W_dec.grad
+        hierarchical_sae.normalize_decoder(sae)
+    assert before > 0.9 and (sae.W_dec[0] @ sae.W_dec[1]).item() < 0.6
+
+
+def test_hierarchical_random_rows_are_unbiased_and_seeded():
+    sae = hs_sae(D=64, variant="disentangled", sim_rows=16)
+    sae.attribution.copy_(torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    whole = hierarchical_sae.adversarial_loss(sae, 0, dataclasses.replace(sae.cfg, sim_rows=64))[0].item()
+    parts = [hierarchical_sae.adversarial_loss(sae, step, sae.cfg)[0].item() for step in range(400)]
+    assert abs(sum(parts) / 400 - whole) < 0.1 * whole
+    assert hierarchical_sae.adversarial_loss(sae, 7, sae.cfg)[0].item() == parts[7]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_hierarchical_every_variant_trains_and_every_parameter_moves():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ALL:
+            first = hierarchical_sae.HierarchicalSAE(64, hs_config(variant=name)).state_dict()
+            last, log = hs_train(f"{folder}/{name}", variant=name, steps=30)
+            still = [k for k in first if first[k].numel() > 1 and torch.equal(first[k], last[k])]
+            assert not still, (name, still)
+            assert torch.allclose(last["W_dec"].norm(dim=1), torch.ones(64), atol=1e-5)
+            assert log[-1]["error"] < 0.8 * log[0]["error"], name
+            parts = hierarchical_sae.VARIANTS[name]
+            assert ("share_3" in log[-1]) == parts["hierarchy"] and ("over_margin" in log[-1]) == parts["margin"]
+            assert ("A_spurious" in log[-1]) == (parts["orthogonality"] > 0)
+            if parts["hierarchy"]:
+                assert abs(sum(log[-1][f"share_{i}"] for i in (1, 2, 3)) - 1) < 1e-4
+                assert sum(log[-1][f"entropy_{i}"] for i in (1, 2, 3)) <= math.log(3) + 1e-4
+
+
+def test_hierarchical_every_flag_reaches_every_parameter():
+    x, mask = hs_data()
+    for flags in (dict(compose="literal"), dict(compose="parallel"), dict(conv=False), dict(causal=True),
+                  dict(conv=False, compose="parallel"), dict(levels=1), dict(levels=5), dict(consistency="cosine"),
+                  dict(activation="topk"), dict(adapt=False), dict(gru_divisor=1), dict(lambda_temp=0.0),
+                  dict(routing_weight=0.0), dict(sim_rows=10), dict(expansion=3, checkpointing=True)):
+        cfg = hs_config(k=8, **flags)
+        sae = hierarchical_sae.HierarchicalSAE(16, cfg)                                  # as at step 0 of a real run
+        terms = hierarchical_sae.losses(sae, x, mask, mask.sum(), 0, cfg)[0]
+        terms["adversarial"] = hierarchical_sae.adversarial_loss(sae, 0, cfg)[0]
+        sum(terms.values()).backward()
+        common.assert_gradients(sae, terms)
+        assert ("gru.weight_hh_l1" in sae.state_dict()) == (cfg.lambda_temp > 0), flags
+    for bad in (dict(levels=0), dict(percentile=1.5), dict(tau=0.0)):
+        try:
+            hierarchical_sae.HierarchicalSAE(16, hs_config(k=8, **bad))
+        except common.UserError:
+            continue
+        raise AssertionError(bad)
+
+
+def test_hierarchical_resume_is_exact():
+    """Ctrl-C in the middle, then --resume: same log and weights, byte for byte (margins, attribution and EMAs too)."""
+    with tempfile.TemporaryDirectory() as folder:
+        hs_train(f"{folder}/whole", steps=6, sim_rows=20)
+        cfg = hs_config(out=f"{folder}/cut", steps=6, sim_rows=20)
+        acts = next(common.open_activations(cfg))
+        batch = acts.batch
+
+        def interrupted(step):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(step)
+        acts.batch = interrupted
+        try:
+            hierarchical_sae.train(cfg, acts)
+        except common.Interrupted:
+            pass
+        assert not (Path(folder) / "cut/sae_weights.safetensors").exists()
+        again = dataclasses.replace(cfg, resume=cfg.out)
+        hierarchical_sae.train(again, next(common.open_activations(again)))
+        for file in ("log.jsonl", "sae_weights.safetensors"):
+            assert (Path(folder) / "cut" / file).read_bytes() == (Path(folder) / "whole" / file).read_bytes(), file
+
+
+def test_hierarchical_evaluation_of_levels():
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = hs_config(out=f"{folder}/run", eval="core", steps=1)
+        acts = next(common.open_activations(cfg))
+        found = hierarchical_sae.train(cfg, acts)
+        sae = hierarchical_sae.HierarchicalSAE(64, cfg)
+        sae.load_state_dict(common.load_tensors(f"{folder}/run/sae_weights.safetensors")[0])
+        x, mask = (torch.cat(t) for t in zip(*acts.heldout()))
+        with torch.no_grad():
+            f, gate = sae.encode(x, mask)[mask].double(), sae.route(x)[mask]
+        levels = found["levels"]
+        top, low = (f[:, part].var(0, unbiased=False).mean().item() for part in (slice(43, 64), slice(0, 22)))
+        assert abs(levels["variance_3"] - top) < 1e-4 * top and abs(levels["variance_drop"] - (1 - top / low)) < 1e-3
+        assert abs(levels["entropy"] - torch.special.entr(gate).sum(1).mean().item()) < 1e-4
+        assert abs(levels["L0_2"] - (f[:, 22:43] > 0).sum(1).double().mean().item()) < 1e-4
+        assert math.isfinite(found["evolution"]["skill"]) and found["core"]["EV"] < 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation: probing, unlearning, steering, export
+# ---------------------------------------------------------------------------------------------
+
+
+class LinearSAE(torch.nn.Module):
+    """f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, from given weights."""
+    causal = True
+
+    def __init__(self, W_enc, W_dec, b_enc, b_dec):
+        super().__init__()
+        for name, value in dict(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec).items():
+            setattr(self, name, torch.nn.Parameter(value.float()))
+
+    def encode(self, x, mask=None):
+        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x, mask=None):
+        f = self.encode(x, mask)
+        return self.decode(f), f
+
+
+def fixture_sae(tensors, prefix):
+    return LinearSAE(*(tensors[f"{prefix}.{name}"] for name in ("W_enc", "W_dec", "b_enc", "b_dec")))
+
+
+def zero_sae(D, n_features):
+    """What an untrained or collapsed SAE is: no feature is ever on."""
+    return LinearSAE(torch.zeros(D, n_features), torch.zeros(n_features, D), torch.zeros(n_features), torch.zeros(D))
+
+
+WORDS = [f"a{i}" for i in range(12)] + [f"b{i}" for i in range(12)]
+CHAT = ("{{ '<bos><start_of_turn>user\n' }}{{ messages[0]['content'] }}{{ '<end_of_turn>\n' }}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+
+
+def words_lm(layers=3, seed=0, words=WORDS, chat=None):
+    """A random Llama of width 32 and a tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    vocab = {w: i for i, w in enumerate(["<unk>", "<bos>", "<eos>", "<pad>", *words])}
+    tok = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>",
+                                  pad_token="<pad>")
+    tok.chat_template = chat
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256)
+    return common.LM(LlamaForCausalLM(config), tok, "tiny", f"r{layers}{seed}", torch.device("cpu"), torch.float32)
+
+
+def walk(letter, n, seed):
+    """Text in which the next word follows from the last: x_i -> x_(i+1), with a start at random."""
+    start = int(torch.randint(12, (1,), generator=common.generator(seed, f"walk{letter}{seed}")))
+    return " ".join(f"{letter}{(start + i) % 12}" for i in range(n))
+
+
+def train_lm(lm, steps=60):
+    """Teach the tiny model both languages; seconds."""
+    texts = [walk("ab"[i % 2], 16, i) for i in range(48)]
+    tokens, _ = common.make_windows(texts, lm, 16, 48)
+    lm.model.requires_grad_(True).train()
+    opt = torch.optim.Adam(lm.model.parameters(), lr=1e-2)
+    for step in range(steps):
+        rows = tokens[step % 3::3].long()
+        logits = lm.model(input_ids=rows).logits[:, :-1]
+        opt.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        opt.step()
+    lm.model.requires_grad_(False).eval()
+    return lm
+
+
+def tiny_acts(lm, layer=1, T=16, cache="none", lm_batch=4):
+    """Activations of the tiny model's block `layer`, harvested by the real stores."""
+    cfg = tsae.Config(T=T, cache=cache, lm_batch=lm_batch, batch_size=2, buffer=8, device="cpu", dtype="float32",
+                      layer=str(layer))
+    tokens, lengths = common.make_windows([walk("ab"[i % 2], T, i) for i in range(8)], lm, T, 8)
+    threshold = common.sink_threshold(lm, tokens, lengths, [layer], 4)[layer]
+    stores = [common.Store(lm, layer, tokens, lengths, threshold) for _ in range(2)]
+    return common.Activations(cfg, lm, layer, *stores)
+
+
+@contextlib.contextmanager
+def data_folder(**files):
+    """A made-up data/ folder instead of the bundled one: name -> rows of <name>.jsonl.xz."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "data").mkdir()
+        for name, rows in files.items():
+            with lzma.open(Path(folder) / "data" / f"{name}.jsonl.xz", "wt") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        before = common.HERE, common.HERE
+        common.HERE = common.HERE = Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            common.HERE, common.HERE = before
+
+
+def probe_rows(n=40):
+    """A task of two labels that the words give away, one of three labels, and one about tokens."""
+    rows = []
+    for i in range(n):
+        split = "train" if i % 5 else "test"
+        rows.append({"task": "letter", "split": split, "label": "ab"[i % 2], "text": walk("ab"[i % 2], 3 + i % 7, i)})
+        rows.append({"task": "start", "split": split, "label": str(i % 3), "text": f"a{i % 3} " * 4 + walk("b", 1 + i % 5, i)})
+        quote = walk("a", 4, i)
+        text = walk("b", 3, i) + " " + quote + " " + walk("b", 2, i)
+        at = text.index(quote)
+        rows.append({"task": "inside_quotation", "split": split, "text": text, "spans": [[at, at + len(quote)]]})
+    return rows
+
+
+# ------------------------------------------------------------------------------------ probing
+
+
+def test_eval_pooling_matches_saebench():
+    tensors, _ = saebench()
+    sae = fixture_sae(tensors, "pool.sae")
+    for name in ("a", "b"):
+        x = tensors[f"pool.{name}.x"]
+        mask = (x != 0).any(-1)                    # BOS and padding are zero there
+        assert torch.allclose(common.pool(x, x, mask), tensors[f"pool.{name}.mean_x"], rtol=1e-5, atol=1e-6)
+        f = sae.encode(x, mask).detach()
+        assert torch.allclose(common.pool(f, x, mask), tensors[f"pool.{name}.mean_f"], rtol=1e-5, atol=1e-6)
+    x = tensors["pool.odd.x"]                      # [1, -1] adds up to 0: SAEBench drops it, it is not a zero vector
+    mask = torch.tensor([[True, True, False]])
+    assert torch.allclose(common.pool(x, x, mask)[0, :2], torch.tensor([1.5, 0.0]))
+    assert (common.pool(torch.zeros(1, 3, 16), torch.zeros(1, 3, 16), mask) == 0).all()      # no position: 0, not NaN
+
+
+def test_eval_probe_matches_saebench():
+    tensors, values = saebench()
+    x, x_test = (torch.cat([tensors[f"probe.{part}.pos"], tensors[f"probe.{part}.neg"]]).numpy() for part in ("train", "test"))
+    y, y_test = np.repeat([1, 0], 100), np.repeat([1, 0], 50)
+    for k, want in values["probe"].items():
+        columns = common.top_columns(x, y, int(k))
+        assert sorted(columns.tolist()) == want["features"], k
+        columns = np.sort(columns)
+        assert math.isclose(common.probe_accuracy(x[:, columns], y, x_test[:, columns], y_test), want["accuracy"], rel_tol=1e-5)
+
+
+def test_eval_one_vs_rest_is_balanced_and_even():
+    labels = list("w" * 12 + "x" * 12 + "y" * 12 + "z" * 12)
+    rows, y = common.one_vs_rest(labels, "x")
+    assert len(rows) == 24 and len(set(rows)) == 24 and y.sum() == 12
+    assert all((labels[i] == "x") == bool(t) for i, t in zip(rows, y))
+    negatives = [labels[i] for i, t in zip(rows, y) if not t]
+    assert all(negatives.count(c) == 4 for c in "wyz")
+    rows, y = common.one_vs_rest(list("xxxxxxxxy"), "x")          # too few negatives: positives are cut as well
+    assert len(rows) == 2 and y.sum() == 1
+
+
+def test_eval_probing_finds_the_words_and_a_zero_sae_scores_a_half():
+    lm = words_lm()
+    acts = tiny_acts(lm)
+    rng = common.generator(0, "w")
+    W = torch.nn.functional.normalize(torch.randn(64, 32, generator=rng), dim=1)
+    with data_folder(probes=probe_rows()):
+        good = common.probing(LinearSAE(W.t().clone(), W, torch.zeros(64), torch.zeros(32)), acts)
+        zero = common.probing(zero_sae(32, 64), acts)
+    assert {row["task"] for row in good["per_task"]} == {"letter", "start", "inside_quotation"}
+    assert good["sae_all"] > 0.9 and good["residual_all"] > 0.9 and good["pca_top_5"] > 0.8, good
+    for k in common.PROBE_KS:
+        assert zero[f"sae_top_{k}"] == 0.5 and zero[f"residual_top_{k}"] == good[f"residual_top_{k}"]
+    assert zero["sae_all"] == 0.5
+
+
+def test_eval_probing_ignores_batch_size_padding_side_and_cache():
+    lm = words_lm()
+    W = torch.nn.functional.normalize(torch.randn(48, 32, generator=common.generator(1, "w")), dim=1)
+    sae = LinearSAE(W.t().clone(), W, torch.zeros(48), torch.zeros(32))
+    found = []
+    with data_folder(probes=probe_rows()) as folder:
+        for side, lm_batch, cache in (("right", 3, "none"), ("left", 7, str(folder / "c")), ("left", 5, str(folder / "c"))):
+            lm.tokenizer.padding_side = lm.tokenizer.truncation_side = side
+            acts = tiny_acts(lm, cache=cache, lm_batch=lm_batch)
+            items = [dict(row, split="test") for row in probe_rows()]
+            found.append(common.probe_samples(sae, acts, items, 8, "" if cache == "none" else "key"))
+        assert len(list((folder / "c").glob("probes-*"))) == 1
+    for other in found[1:]:
+        for task in found[0]:
+            (x, f, labels), (x2, f2, labels2) = found[0][task]["test"], other[task]["test"]
+            assert labels == labels2
+            assert torch.allclose(x, x2, rtol=0.02, atol=0.02) and torch.allclose(f, f2, rtol=0.05, atol=0.05)   # bf16
+
+
+def test_eval_probing_cuts_long_texts_at_their_end_and_maps_spans():
+    lm = words_lm()
+    acts = tiny_acts(lm)
+    text = "b0 b1 a0 a1 b2 b3"
+    items = [{"task": "q", "split": "train", "text": text, "spans": [[6, 11]]}]
+    x, _, labels = common.probe_samples(zero_sae(32, 8), acts, items, 8)["q"]["train"]
+    assert labels.count("inside") == 2 and labels.count("outside") == 4
+    x, _, labels = common.probe_samples(zero_sae(32, 8), acts, items, 3)["q"]["train"]
+    assert labels == ["outside", "outside", "inside"]
+    ids = torch.tensor([[lm.bos] + lm.tokenizer(text, add_special_tokens=False)["input_ids"][:3]])
+    want = common.hidden_states(lm, ids, [1])[1][0, 1:]
+    assert torch.allclose(x, want, rtol=0.01, atol=0.01)
+
+
+def test_eval_probing_damaged_cache_is_made_again():
+    lm = words_lm()
+    items = [dict(row, split="test") for row in probe_rows(12)]
+    with tempfile.TemporaryDirectory() as folder:
+        acts = tiny_acts(lm, cache=folder)
+        first = common.probe_samples(zero_sae(32, 8), acts, items, 8, "key")
+        file = next(Path(folder).glob("probes-*"))
+        file.write_bytes(file.read_bytes()[:100])
+        second = common.probe_samples(zero_sae(32, 8), acts, items, 8, "key")
+        assert all(torch.equal(first[t]["test"][0], second[t]["test"][0]) for t in first)
+
+
+def test_eval_saebench_sets_that_cannot_be_had_are_named():
+    acts = tiny_acts(words_lm())
+    before = common.hub_reachable, common.saebench_texts
+    rows = [dict(row, split="train" if i % 3 else "test") for i, row in enumerate(r for r in probe_rows() if r["task"] == "letter")]
+
+    def texts(name):
+        if name == "fancyzhx/ag_news":
+            return [dict(row, task=name) for row in rows]
+        raise ConnectionError("no route to the hub")
+    try:
+        common.hub_reachable, common.saebench_texts = lambda: False, texts
+        out = common.probing_saebench(zero_sae(32, 8), acts)
+    finally:
+        common.hub_reachable, common.saebench_texts = before
+    assert out["tasks"] == 1 and len(out["skipped"]) == 7 and "no route" in out["skipped"][0] and out["sae_top_1"] == 0.5
+
+
+# --------------------------------------------------------------------------------- unlearning
+
+
+def test_eval_sparsity_and_selection_match_saebench():
+    tensors, values = saebench()
+    table, on = tensors["unlearn.f_table"], {}
+    for name in ("forget", "retain"):
+        tokens = tensors[f"unlearn.tokens_{name}"].long()
+        on[name] = common.feature_sparsity(table[tokens], tokens > 2)
+        assert torch.allclose(on[name], tensors[f"unlearn.sparsity_{name}"], rtol=1e-5, atol=0)
+    for threshold, want in values["unlearn_features"].items():
+        for n in ("10", "20"):
+            assert common.select_features(on["forget"], on["retain"], float(threshold), int(n)) == want[n]
+        assert common.select_features(on["forget"], on["retain"], float(threshold), 64) == want["all"]
+
+
+def test_eval_clamp_matches_saebench():
+    tensors, values = saebench()
+    sae, h = fixture_sae(tensors, "clamp"), tensors["clamp.h"]
+    for n, multiplier in ((10, 25), (20, 200)):
+        out = common.clamp_edit(sae, values["unlearn_features"]["0.01"][str(n)], multiplier)(h)
+        want = tensors[f"clamp.out_n{n}_m{multiplier}"]
+        assert torch.allclose(out, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+        assert torch.equal(out[:, 0], h[:, 0])
+    assert torch.allclose(common.clamp_edit(sae, [], 25)(h), h, rtol=1e-6, atol=1e-6)
+
+
+def test_eval_clamp_leaves_masked_and_sink_positions_alone():
+    tensors, values = saebench()
+    sae, h = fixture_sae(tensors, "clamp"), tensors["clamp.h"].clone()
+    h[0, 3] *= 100
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 2] = False
+    out = common.clamp_edit(sae, list(range(64)), 25, mask, limit=50.0)(h)
+    same = (out == h).all(-1)
+    assert same[0, 3] and same[1, 3] and same[:, 0].all() and same.sum() == 5
+
+
+def test_eval_score_matches_saebench():
+    _, values = saebench()
+    for case in values["unlearn_score"]:
+        runs = [(w / 533, p / 308) for w, p in zip(case["wmdp"], case["pooled"])]
+        assert math.isclose(common.unlearning_score(runs), case["score"], rel_tol=1e-9, abs_tol=1e-12)
+    assert common.unlearning_score([]) == 0
+
+
+def domains():
+    """A forget and a retain language, as corpus rows."""
+    return [{"split": split, "domain": {"a": "code", "b": "prose"}[c], "source": "made up",
+             "text": walk(c, 64, i + 100 * (split == "train"))} for c in "ab" for split in ("train", "heldout") for i in range(12)]
+
+
+def direction_sae(acts, forget, retain, n_features=40):
+    """Feature 0 is on exactly along the difference of the two languages; the others never are."""
+    (_, h, _), (_, g, _) = forget["select"], retain["select"]
+    a, b = h[:, 1:].reshape(-1, 32), g[:, 1:].reshape(-1, 32)
+    d = torch.nn.functional.normalize(a.mean(0) - b.mean(0), dim=0)
+    W = torch.zeros(n_features, 32)
+    W[0] = d
+    bias = torch.full((n_features,), -1e6)
+    bias[0] = -(b @ d).max() - 0.01                        # never on in the language to keep
+    return LinearSAE(W.t().clone(), W, bias, torch.zeros(32))
+
+
+def test_eval_unlearning_forgets_one_language_and_keeps_the_other():
+    lm = train_lm(words_lm(layers=2))
+    acts = tiny_acts(lm, layer=0)
+    with data_folder(corpus=domains()):
+        forget, retain = common.domain_states(acts, "corpus", ["code"]), common.domain_states(acts, "corpus", ["prose"])
+        assert all(len(forget[part][0]) == n for part, n in common.UNLEARN_WINDOWS.items())
+        out = common.unlearn_pair(direction_sae(acts, forget, retain), acts, forget, retain)
+        zero = common.unlearn_pair(zero_sae(32, 40), acts, forget, retain)
+    assert out["accuracy_forget"] > 0.9 and out["accuracy_retain"] > 0.9
+    assert out["score"] == out["drop"] > 0.5 and out["retain_kept"] >= 0.99 and out["methods"][0]["setting"]["features"] == [0], out
+    assert out["methods"][0]["perplexity_forget"] > 2 * out["perplexity_forget"]
+    # The papers' 0.0: an all-zero SAE has no feature that is on, nothing is selected, nothing changes
+    assert zero["score"] == 0 and zero["methods"][0]["settings_tried"] == 0 and set(zero["eligible_features"].values()) == {0}
+    assert zero["random"] == 0 and zero["accuracy_forget"] == out["accuracy_forget"]
+
+
+def test_eval_resume_from_equals_the_full_pass():
+    for kind in ("llama", "gemma2", "neox", "gpt2"):
+        lm = tiny_lm(kind)
+        tokens = torch.randint(3, 100, (2, 9), generator=common.generator(0, "t"))
+        h = common.hidden_states(lm, tokens, [1])[1]
+        with common.intervene(lm, 1, lambda x: x * 1.1):
+            want = lm.model(input_ids=tokens).logits
+        ran, inner = [], next(m for m in lm.blocks[0].modules() if isinstance(m, (torch.nn.Linear, torch.nn.LayerNorm)))
+        resume = common.resume_from(lm, 1, tokens)
+        inner.register_forward_hook(lambda *_: ran.append(1))
+        with resume(h * 1.1):
+            assert torch.allclose(lm.model(input_ids=tokens).logits, want, rtol=1e-4, atol=1e-4), kind
+        assert not ran, f"{kind}: the blocks below should not have run"
+        lm.model(input_ids=tokens)
+        assert ran and "forward" not in vars(lm.blocks[0]), "the blocks must be themselves again"
+
+
+def test_eval_choice_prompt_matches_saebench():
+    tok = words_lm(chat=CHAT).tokenizer
+    want = ("<bos><start_of_turn>user\nThe following are multiple choice questions (with answers) about biology.\n"
+            "Q?\nA. y\nB. w\nC. z\nD. x<end_of_turn>\n<start_of_turn>model\nAnswer: (")
+    assert common.choice_prompt(tok, "Q?", list("wxyz"), (2, 0, 3, 1), "biology") == want
+
+
+def chat_lm(answer):
+    """A tiny chat model; its head is set to answer with fixed preferences for the letters."""
+    lm = words_lm(words=[*"ABCD", *"wxyz", "Q", *WORDS], chat=CHAT)
+    head = lm.model.lm_head.weight.data
+    head.zero_()
+    h = lm.model.model.norm.weight.data
+    h.fill_(1.0)
+    if answer is not None:
+        lm.model.model.norm = torch.nn.Identity()
+        hook = torch.zeros(head.shape[1])
+        hook[0] = 1.0
+        lm.model.model.register_forward_hook(
+            lambda m, i, o: o.__class__(last_hidden_state=hook.expand_as(o.last_hidden_state)))
+        head[lm.tokenizer.convert_tokens_to_ids(answer), 0] = 1.0
+    return lm
+
+
+def test_eval_permutation_filter():
+    questions = [{"question": f"Q {i}", "choices": list("wxyz"), "answer": i % 4} for i in range(6)]
+    lm = chat_lm("B")                                     # always says B: right in a quarter of the orders
+    right = common.answer_right(lm, questions, (0, 1, 2, 3), "biology")
+    assert right == [q["answer"] == 1 for q in questions]
+    assert common.answer_right(lm, questions, (1, 0, 2, 3), "biology") == [q["answer"] == 0 for q in questions]
+    assert common.always_right(questions, lambda some, order: common.answer_right(lm, some, order, "biology")) == []
+    seen = []
+
+    def oracle(some, order):                              # knows questions 1 and 4 whatever the order
+        seen.append(order)
+        return [q["question"] in ("Q 1", "Q 4") or order[0] == 0 for q in some]
+    assert [q["question"] for q in common.always_right(questions, oracle)] == ["Q 1", "Q 4"]
+    assert len(set(seen)) == 24
+
+
+def test_eval_answers_do_not_depend_on_the_batch():
+    lm = words_lm(words=[*"ABCD", *"wxyz", "Q", *WORDS], chat=CHAT)
+    questions = [{"question": walk("a", 1 + 5 * i, i), "choices": list("wxyz"), "answer": i % 4} for i in range(7)]
+    one = common.answer_right(lm, questions, (3, 1, 0, 2), "t", batch=1)
+    assert one == common.answer_right(lm, questions, (3, 1, 0, 2), "t", batch=4)
+
+
+def test_eval_wmdp_says_when_no_question_counts_and_scores_otherwise():
+    questions = {name: [{"question": f"Q {i}", "choices": list("wxyz"), "answer": i % 4} for i in range(4)] for name in common.WMDP}
+    lm = chat_lm("B")
+    acts = tiny_acts(lm)
+    texts = [walk("a", 40, 1)] * 4
+    out = common.wmdp_sweep(zero_sae(32, 8), acts, lm, questions, texts, texts, n_tokens=64)
+    assert "score" not in out and "no score" in out["skipped"][0] and out["questions"]["wmdp-bio"] == 0
+    before = common.always_right
+    try:                                                  # let every question count that is right as printed
+        common.always_right = lambda rows, right: [q for q, ok in zip(rows, right(rows, (0, 1, 2, 3))) if ok]
+        out = common.wmdp_sweep(zero_sae(32, 8), acts, lm, questions, texts, texts, n_tokens=64)
+        assert out["score"] == 0 and out["runs"] == [] and out["questions"]["wmdp-bio"] == 1
+        texts = [[walk(c, 40, 1)] * 4 for c in "ab"]
+        a, b = (common.hidden_states(lm, common.make_windows(t, lm, 16, 4)[0].long(), [1])[1][:, 1:] for t in texts)
+        d = torch.nn.functional.normalize(a.mean((0, 1)) - b.mean((0, 1)), dim=0)     # on in one language only
+        bias = torch.full((40,), -1e6)
+        bias[0] = -(b @ d).max() - 1e-4
+        W = torch.zeros(40, 32)
+        W[0] = d
+        sae = LinearSAE(W.t().clone(), W, bias, torch.zeros(32))
+        out = common.wmdp_sweep(sae, acts, lm, questions, *texts, n_tokens=64)
+        assert len(out["runs"]) == 2 * 2 * 4, out                      # and the head of this model ignores every edit:
+        assert all(run["mmlu"] == 1 and run["wmdp"] == 1 for run in out["runs"]) and out["score"] == 0
+    finally:
+        common.always_right = before
+
+
+# ----------------------------------------------------------------------------------- steering
+
+
+def test_eval_steer_parses_and_changes_what_is_said():
+    assert common.parse_steer("123:+8,77:off, 5:=3,6:-2.5", 200) == [(123, 1, 8), (77, 0, 0), (5, 0, 3), (6, 1, -2.5)]
+    for bad in ("x:+1", "5", "5:8", "300:off", "", "5:+", "5:+-3", "5:=.."):
+        try:
+            common.parse_steer(bad, 200)
+        except common.UserError as error:
+            assert "--steer" in str(error)
+        else:
+            raise AssertionError(bad)
+    lm = train_lm(words_lm(layers=2))
+    acts = tiny_acts(lm, layer=0)
+    with data_folder(corpus=domains()):
+        sae = direction_sae(acts, common.domain_states(acts, "corpus", ["code"]), common.domain_states(acts, "corpus", ["prose"]))
+    same = common.steer(sae, acts, "3:off", walk("b", 4, 0), n=6)
+    assert same["plain"] == same["steered"] and set(same["plain"].split()) <= {f"b{i}" for i in range(12)}
+    out = common.steer(sae, acts, "0:=30", walk("b", 4, 0), n=6)
+    assert out["plain"] == same["plain"] and out["steered"] != out["plain"], out
+
+
+# ------------------------------------------------------------------------------------- export
+
+
+def exported(cfg, seed=0):
+    """A tsae.TSAE with every tensor random, on synthetic activations with scale 7."""
+    acts = common.synthetic_activations(tsae.Config(model="synthetic", tokens=4096, heldout_tokens=1024, T=64, cache="none"))
+    acts.scale = 7.0
+    sae = tsae.TSAE(acts.D, cfg)
+    gen = common.generator(seed, "export")
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(acts.scale)
+        tsae.normalize_decoder(sae)
+    return sae, acts
+
+
+def test_eval_export_gives_the_same_code():
+    for activation in ("relu", "topk"):
+        sae, acts = exported(tsae.Config(temporal=False, activation=activation, k=8, expansion=2, T=64))
+        x, mask = next(iter(acts.heldout()))
+        f = sae.encode(x, mask).detach()
+        with tempfile.TemporaryDirectory() as folder:
+            common.export(sae, acts, folder, "saelens")
+            w, _ = common.load_tensors(Path(folder) / "sae_weights.safetensors")
+            cfg = common.read_json(Path(folder) / "cfg.json")
+            assert set(w) == {"W_enc", "b_enc", "W_dec", "b_dec"} and cfg["architecture"] == ("topk" if activation == "topk" else "standard")
+            assert w["W_enc"].shape == (cfg["d_in"], cfg["d_sae"]) and cfg["apply_b_dec_to_input"] is True
+            pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+            g = tsae.topk(pre, cfg["k"]) if activation == "topk" else pre.relu()
+            assert torch.allclose(g, acts.scale * f, rtol=1e-5, atol=1e-4)
+            assert torch.allclose(g @ w["W_dec"] + w["b_dec"], sae.decode(f), rtol=1e-5, atol=1e-4)
+            assert torch.allclose(w["W_dec"].norm(dim=1), torch.ones(128), atol=1e-5)
+        with tempfile.TemporaryDirectory() as folder:
+            common.export(sae, acts, folder, "dictionary_learning")
+            d = torch.load(Path(folder) / "ae.pt", weights_only=True)
+            trainer = common.read_json(Path(folder) / "config.json")["trainer"]
+            bias = d["b_dec"] if activation == "topk" else d["bias"]
+            pre = torch.nn.functional.linear(x - bias, d["encoder.weight"], d["encoder.bias"])
+            g = tsae.topk(pre, trainer["k"]) if activation == "topk" else pre.relu()
+            assert torch.allclose(g, acts.scale * f, rtol=1e-5, atol=1e-4)
+            assert torch.allclose(torch.nn.functional.linear(g, d["decoder.weight"]) + bias, sae.decode(f), rtol=1e-5, atol=1e-4)
+
+
+def test_eval_export_refuses_what_the_formats_cannot_hold():
+    class Smooth(tsae.TSAE):
+        def encode(self, x, mask=None):
+            return super().encode(x, mask) + super().encode(x.roll(1, 1), mask)
+    sae, acts = exported(tsae.Config(T=64, k=8))
+    cases = [(sae, "ln.bias")]
+    plain, acts = exported(tsae.Config(temporal=False, T=64, k=8))
+    smooth = Smooth(acts.D, plain.cfg)
+    smooth.load_state_dict(plain.state_dict())
+    cases.append((smooth, "another code"))
+    with tempfile.TemporaryDirectory() as folder:
+        for sae, reason in cases:
+            try:
+                common.export(sae, acts, Path(folder) / "x", "saelens")
+            except common.UserError as error:
+                assert reason in str(error)
+            else:
+                raise AssertionError(reason)
+        assert not (Path(folder) / "x").exists()
+        try:
+            common.export(plain, acts, folder, "other")
+        except common.UserError:
+            pass
+        else:
+            raise AssertionError("unknown format")
+        no_norm, acts = exported(tsae.Config(T=64, k=8, layer_norm="off"))      # TSAE without LayerNorm is position-wise
+        common.export(no_norm, acts, folder, "saelens")
+
+
+def test_eval_saelens_loads_the_export():
+    try:
+        from sae_lens import SAE
+    except ImportError:
+        skip("sae_lens is not installed")
+    sae, acts = exported(tsae.Config(temporal=False, activation="topk", k=8, T=64))
+    x, mask = next(iter(acts.heldout()))
+    with tempfile.TemporaryDirectory() as folder:
+        common.export(sae, acts, folder, "saelens")
+        peer = SAE.load_from_disk(folder)
+        assert torch.allclose(peer.encode(x), acts.scale * sae.encode(x), rtol=1e-5, atol=1e-4)
+        assert torch.allclose(peer(x), sae(x)[0], rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# Feature page
+# ---------------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer of six tokens, two of them hostile; 4 and 5 are the halves of one character."""
+    texts = ["</script><img src=x onerror=alert(1)>", " <b>&amp;", "\n", " plain", "\ufffd", "é"]
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        assert clean_up_tokenization_spaces is False
+        return "".join(self.texts[i] for i in ids).replace("\ufffdé", "é")
+
+
+class Fixed(torch.nn.Module):
+    """An encoder whose codes are the activations: f = relu(x), F = D."""
+    causal = False
+
+    def __init__(self, W_dec):
+        super().__init__()
+        self.W_dec = torch.nn.Parameter(W_dec)
+
+    def encode(self, x, mask=None):
+        return x.relu()
+
+
+def feature_page(path, x, mask, sae, tokens=None, **more):
+    """features_page on held-out x (N, T, D) -> the data that the page embeds."""
+    store = common.ArrayStore(x, mask)
+    lm = None if tokens is None else types.SimpleNamespace(tokenizer=Words(), name="a/model")
+    store.tokens = tokens
+
+    def heldout(size=3):
+        return ((x[i:i + size], mask[i:i + size]) for i in range(0, len(x), size))
+    acts = types.SimpleNamespace(T=x.shape[1], D=x.shape[2], lm=lm, layer=3, heldout=heldout,
+                                 heldout_store=store)
+    report = common.features_page(sae, acts, path, **more)
+    html = Path(path).read_text()
+    assert report["shown"] <= report["live"] <= report["features"] == x.shape[2] and len(html) < 5e6
+    return html, embedded(html)
+
+
+def embedded(html):
+    """The data inside a feature page."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
+
+
+def fixture(N=8, T=72, D=12, seed=0):
+    """Random codes (N, T, D) with stretches, feature 0 dead; masks with holes; tokens."""
+    gen = common.generator(seed, "features")
+    x = torch.randn(N, T, D, generator=gen)
+    x = (x + x.roll(1, 1) + x.roll(2, 1)) * torch.rand(D, generator=gen).add(0.5)
+    x[..., 0] = -1
+    mask = torch.rand(N, T, generator=gen) > 0.1
+    mask[1, 50:] = False
+    return x, mask, torch.randint(0, 4, (N, 1 + T), generator=gen)
+
+
+def test_features_numbers_equal_a_direct_computation():
+    with folder() as path:
+        x, mask, tokens = fixture()
+        sae = Fixed(torch.randn(12, 12, generator=common.generator(0, "W")))
+        probe = {"3": 0.5, "4": -2.0}
+        _, data = feature_page(path / "features.html", x, mask, sae, tokens, probe=probe)
+        f = x.relu() * mask[..., None]
+        assert [row["i"] for row in data["rows"]] == list(range(1, 12)) and data["live"] == 11
+        L0 = (f > 0).sum() / mask.sum()
+        assert data["tokens"] == mask.sum() and abs(data["L0"] - L0) < 1e-3
+        cosine = torch.nn.functional.cosine_similarity(sae.W_dec[:, None], sae.W_dec[None], dim=-1)
+        for row in data["rows"]:
+            i = row["i"]
+            stretches = on = stay = pairs = 0
+            for n in range(8):
+                for t in range(72):
+                    now = bool(f[n, t, i] > 0)
+                    on, stretches = on + now, stretches + (now and not (t and f[n, t - 1, i] > 0))
+                    if t < 71 and now and mask[n, t + 1]:
+                        pairs, stay = pairs + 1, stay + bool(f[n, t + 1, i] > 0)
+            close = [(row["span"], on / stretches), (row["density"], on / mask.sum().item()),
+                     (row["stay"], stay / pairs), (row["max"], f[..., i].max().item())]
+            assert all(abs(a - b) < 1e-3 * b for a, b in close), (i, close)
+            assert row["probe"] == {3: 0.5, 4: -2.0}.get(i)
+            best = sorted((j for j in range(12) if j != i), key=lambda j: -cosine[i, j])[:5]
+            assert row["near"] == best and abs(row["cosines"][0] - cosine[i, best[0]]) < 1e-3
+            peaks = f[..., i].amax(1).sort(descending=True)
+            assert len(row["contexts"]) == 6
+            for n, (piece, peak, value, levels) in enumerate(row["contexts"]):
+                window, start, texts = data["pieces"][piece]
+                assert window == peaks.indices[n] and abs(value - peaks.values[n]) < 1e-3 * value
+                assert abs(value - f[window, start + peak, i]) < 1e-3 * value
+                assert len(texts) == len(levels) == (40 if window != 1 else len(levels))
+                for t, level in enumerate(levels):
+                    want = f[window, start + t, i].item() / row["max"] * 99
+                    scored = mask[window, start + t]
+                    assert abs(level - want) <= (want > 0) if scored else level == -1
+                    text = Words.texts[tokens[window, 1 + start + t]]
+                    assert data["vocabulary"][texts[t]] == text
+
+
+def test_features_line_positions_and_unscored_tokens():
+    with folder() as path:
+        x, mask, tokens = fixture(T=130)
+        _, data = feature_page(path / "features.html", x, mask, Fixed(torch.eye(12)), tokens)
+        f, part = x.relu() * mask[..., None], torch.arange(130) * 64 // 130
+        for row in data["rows"]:
+            line = torch.stack([f[:, part == p, row["i"]].sum() / mask[:, part == p].sum()
+                                for p in range(64)])
+            assert len(row["line"]) == 64 and abs(row["height"] - line.max()) < 1e-3 * row["height"]
+            assert (torch.tensor(row["line"]) - 99 * line / line.max()).abs().max() < 0.6
+        for piece in data["pieces"]:
+            assert piece[0] != 1 or piece[1] + len(piece[2]) <= 50, "padding is left out"
+
+
+def test_features_escapes_and_joins_characters():
+    with folder() as path:
+        x, mask, tokens = fixture(N=2, T=8)
+        mask[:] = True
+        tokens[:] = torch.tensor([3, 0, 1, 2, 4, 5, 3, 0, 1])
+        html, data = feature_page(path / "features.html", x, mask, Fixed(torch.eye(12)), tokens)
+        texts = [data["vocabulary"][t] for t in data["pieces"][0][2]]
+        assert texts == [*Words.texts[:3], "", "é", *[Words.texts[i] for i in (3, 0, 1)]]
+        assert html.count("</script>") == 2 and "<img" not in html and "<b>" not in html
+        assert "http:" not in html and "https:" not in html and "innerHTML" not in html
+
+
+def test_features_cover_every_order():
+    gen = common.generator(0, "cover")
+    keys = [torch.rand(2000, generator=gen) for _ in range(3)]
+    keys[2][500:] = torch.nan
+    live = torch.rand(2000, generator=gen) > 0.2
+    chosen = common.cover_orders(keys, live, 100)
+    assert len(chosen) == 100 and chosen.unique().equal(chosen) and live[chosen].all()
+    for key in keys:
+        ranked = key.masked_fill(~live, torch.nan).nan_to_num(-1).argsort(descending=True)
+        n = int((key.isfinite() & live).sum())
+        assert torch.isin(ranked[:10], chosen).all() and torch.isin(ranked[n - 10:n], chosen).all()
+    assert len(common.cover_orders(keys, live, 2000)) == live.sum()
+
+
+class Browser:
+    """Headless Chromium through chromedriver's plain WebDriver protocol."""
+
+    def __init__(self, width=1200, height=900):
+        names = ("chromium", "chromium-browser", "google-chrome")
+        chrome = next(filter(None, map(shutil.which, names)), None)
+        if not (chrome and shutil.which("chromedriver")):
+            skip("no chromium with chromedriver on this machine")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}/session"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}"]
+        options = {"binary": chrome, "args": flags}
+        if width < 500:                 # no window is narrower than 500: emulate the phone
+            size = {"width": width, "height": height, "pixelRatio": 2}
+            options["mobileEmulation"] = {"deviceMetrics": size}
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self.url.replace("session", "status"), timeout=60).read()
+                break
+            time.sleep(0.1)
+        self.url += "/" + self("", {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}})["sessionId"]
+
+    def __call__(self, command, body=None, method=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + ("/" + command if command else ""), data,
+                                         {"Content-Type": "application/json"}, method=method)
+        return json.loads(urllib.request.urlopen(request, timeout=120).read())["value"]
+
+    def js(self, script):
+        return self("execute/sync", {"script": "return " + script, "args": []})
+
+    def element(self, css):
+        found = self("element", {"using": "css selector", "value": css})
+        return "element/" + next(iter(found.values()))
+
+    def click(self, css):
+        self(self.element(css) + "/click", {})
+
+    def keys(self, css, text):
+        self(self.element(css) + "/value", {"text": text})
+
+    def screenshot(self, path):
+        Path(path).write_bytes(base64.b64decode(self("screenshot")))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self("", method="DELETE")
+        self.driver.terminate()
+        self.driver.wait()
+        self.profile.cleanup()
+
+
+def test_features_page_in_a_browser():
+    with folder() as path:
+        x, mask, tokens = fixture(N=20, T=72, D=40)
+        x[:, :, 39] = -1
+        x[0, 5, 39] = 7.0
+        x[..., 38], mask[0, 5] = 0, True
+        tokens[:] = 3
+        tokens[0, 6] = 0                # the hostile token stands under feature 39's peak
+        _, data = feature_page(path / "features.html", x, mask, Fixed(torch.randn(40, 40)), tokens)
+        listed = "[...document.querySelectorAll('.feature:not([hidden])')].map(e => +e.id.slice(1))"
+        with Browser(390, 800) as browser:
+            browser("url", {"url": f"file://{path}/features.html"})
+            assert browser.js("document.documentElement.scrollWidth <= 390"), "wider than a phone"
+            assert "not causal" in browser.js("document.querySelector('#note').textContent")
+            rows = {row["i"]: row for row in data["rows"]}
+            for name in ("span", "density", "max", "stay", "i"):
+                if name != "span":                       # the page opens with this one
+                    browser.click(f"#orders button[value={name}]")
+                for sign in (-1, 1) if name != "i" else (1, -1):
+                    order = browser.js(listed)
+                    want = sorted(rows, key=lambda i: (sign * rows[i][name], i))
+                    assert order == want, (name, sign)
+                    browser.click(f"#orders button[value={name}]")
+            browser.keys("#search", "ONERROR")
+            found = browser.js(listed)
+            assert 39 in found and len(found) < len(rows)
+            browser.keys("#search", "\ue000" + "\ue003" * 7 + "#12")
+            assert browser.js(listed) == [12]
+            assert browser.js("document.querySelector('.body')") is None, "bodies are made lazily"
+            browser.keys("#f12 summary", "\ue007")                        # the enter key opens
+            assert browser.js("document.querySelectorAll('#f12 .body li').length") == 6
+            near = rows[12]["near"][0]
+            browser.click("#f12 .body a")
+            assert browser.js("location.hash") == f"#f{near}"
+            assert browser.js(f"document.querySelector('#f{near}').open")
+            assert len(browser.js(listed)) == len(rows), "a link to a hidden one ends the search"
+            browser("url", {"url": f"file://{path}/features.html#f39"})
+            time.sleep(0.2)
+            text = browser.js("document.querySelector('#f39 .body .t.top').textContent")
+            assert text == Words.texts[0] and browser.js("document.images.length") == 0
+            browser.click("#f39 .body .t.top")
+            assert "position 6: 7" in browser.js("document.querySelector('#f39 .pick').textContent")
+            errors = browser("se/log", {"type": "browser"})
+            assert not errors, errors
+
+
+def test_features_of_a_dead_sae():
+    with folder() as path:
+        x, mask, tokens = fixture()
+        _, data = feature_page(path / "features.html", -x.abs(), mask, Fixed(torch.eye(12)), tokens)
+        assert data["rows"] == [] and data["live"] == 0 and data["L0"] == 0
+        with Browser() as browser:
+            browser("url", {"url": f"file://{path}/features.html"})
+            assert "0 of 0 live features (12 in all)" in browser.js("document.body.innerText")
+            assert not browser("se/log", {"type": "browser"})
+
+
+def test_features_page_of_a_run():
+    with folder():
+        tiny(tsae, "a", 20)
+        cfg = tsae.Config(**json.loads(Path("a/config.json").read_text())["config"])
+        acts = next(iter(common.open_activations(cfg)))
+        sae = tsae.TSAE(acts.D, cfg)
+        sae.load_state_dict(common.load_tensors("a/sae_weights.safetensors")[0])
+        common.features_page(sae, acts, Path("a/features.html"))
+        data = embedded(Path("a/features.html").read_text())
+        f = torch.cat([sae.encode(x, mask) * mask[..., None] for x, mask in acts.heldout()])
+        results = json.loads(Path("a/eval.json").read_text())
+        assert data["run"] == "a" and data["causal"] and data["EV"] == results["core"]["EV"]
+        for row in data["rows"]:
+            piece, peak, value, levels = row["contexts"][0]
+            window, start, _ = data["pieces"][piece]
+            assert abs(value - f[..., row["i"]].max()) < 1e-3 * value
+            assert abs(f[window, start + peak, row["i"]] - value) < 1e-3 * value
+            assert levels[peak] == 99
 
 
 # ---------------------------------------------------------------------------------------------
@@ -844,8 +2838,11 @@ def test_hygiene_guarded_copies_have_not_drifted():
         return ast.dump(node)
     copies = 0
     for script in SCRIPTS:
-        for name, other, there in re.findall(r"def (\w+)\(.*# SAME AS (\w+)\.py:([\w.]+)",
-                                             (HERE / f"{script}.py").read_text()):
+        text = (HERE / f"{script}.py").read_text()
+        marks = re.findall(r"def (\w+)\(.*# SAME AS (\w+)\.py:([\w.]+)", text)      # behind the def or above it
+        marks += [(name, other, there) for other, there, name in
+                  re.findall(r"# SAME AS (\w+)\.py:([\w.]+).*\n(?: *@.*\n)* *def (\w+)", text)]
+        for name, other, there in marks:
             here = next(v for k, v in definitions(script).items() if k.split(".")[-1] == name)
             assert shape(here) == shape(definitions(other)[there]), f"{script}.py:{name} drifted from {other}.py:{there}"
             copies += 1
@@ -864,8 +2861,9 @@ def test_hygiene_every_config_field_has_its_source():
 def test_hygiene_lines_and_words():
     for path in sorted(HERE.glob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            config_field = re.match(r"    \w+: (int|float|str|bool) = ", line)
-            assert len(line) <= (110 if config_field else 100), f"{path.name}:{number} has {len(line)} columns"
+            config_field = re.match(r"    \w+: (int|float|str|bool) = ", line)     # its comment is --help's text
+            limit = 120 if config_field or path.stem not in SCRIPTS else 100
+            assert len(line) <= limit, f"{path.name}:{number} has {len(line)} columns"
             assert not re.match(r"\s*except\s*:", line), f"{path.name}:{number}: bare except"
 
 

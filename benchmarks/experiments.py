@@ -27,31 +27,37 @@ import common
 
 TOPK = "--activation topk --k 32"
 FAST = "--eval reconstruction,temporal"
+PLAIN = "--layer_norm off --variance_weights off"
+HALF = f"--batch_size 2 --steps 1250 --warmup 1000 --lr_warmup 500 {FAST}"
 NO_EXTRAS = "--layer_norm off --boost 1 --grad_noise 0 --no-buffers"
 SUITES = {
     # label: (script, flags)
     "tsae": {
-        "standard, L1 0.04": ("tsae", "--no-temporal"),
         "TSAE, paper": ("tsae", ""),
-        "  without clipping": ("tsae", f"--clip 0 {FAST}"),
-        "  without boost": ("tsae", f"--boost 1 {FAST}"),
-        "  without noise": ("tsae", f"--grad_noise 0 {FAST}"),
-        "  without buffers": ("tsae", f"--no-buffers {FAST}"),
-        "  without LayerNorm": ("tsae", f"--layer_norm off {FAST}"),
-        "  LayerNorm after the ReLU": ("tsae", f"--layer_norm post {FAST}"),
-        "  no variance weights": ("tsae", f"--variance_weights off {FAST}"),
-        "  none of the safeguards": ("tsae", f"--clip 0 {NO_EXTRAS} --variance_weights off {FAST}"),
-        "  error averaged over D": ("tsae", f"--recon_reduction mean {FAST}"),
-        "standard, error averaged over D": ("tsae", f"--no-temporal --recon_reduction mean {FAST}"),
+        "standard, L1 0.04": ("tsae", "--no-temporal"),
+    },
+    "tsae_ablation": {          # half the batch (256 tokens a step) and half of every schedule
+        "TSAE, paper": ("tsae", HALF),
+        "  without clipping": ("tsae", f"--clip 0 {HALF}"),
+        "  without boost": ("tsae", f"--boost 1 {HALF}"),
+        "  without noise": ("tsae", f"--grad_noise 0 {HALF}"),
+        "  without buffers": ("tsae", f"--no-buffers {HALF}"),
+        "  without LayerNorm": ("tsae", f"--layer_norm off {HALF}"),
+        "  LayerNorm after the ReLU": ("tsae", f"--layer_norm post {HALF}"),
+        "  no variance weights": ("tsae", f"--variance_weights off {HALF}"),
+        "  none of the safeguards": ("tsae", f"--clip 0 {NO_EXTRAS} --variance_weights off {HALF}"),
+        "  error averaged over D": ("tsae", f"--recon_reduction mean {HALF}"),
+        "standard": ("tsae", f"--no-temporal {HALF}"),
+        "standard, error averaged over D": ("tsae", f"--no-temporal --recon_reduction mean {HALF}"),
     },
     "tsae_l0": {
-        "TopK 32": ("tsae", f"--no-temporal {TOPK}"),
-        "TSAE, paper's weights": ("tsae", f"{TOPK}"),
+        "TopK 32": ("tsae", f"--no-temporal {TOPK} {FAST}"),
+        "TSAE, paper's weights": ("tsae", f"{TOPK} {FAST}"),
         "TSAE, paper's weights, no LayerNorm": ("tsae", f"{TOPK} --layer_norm off {FAST}"),
-        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} --layer_norm off --variance_weights off"),
-        "  x 3": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 3"),
-        "  x 10": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 10 {FAST}"),
-        "  x 30": ("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 30 {FAST}"),
+        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} {PLAIN} {FAST}"),
+        "  x 0.5": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 0.5 {FAST}"),
+        "  x 3": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 3 {FAST}"),
+        "  x 10": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 10 {FAST}"),
     },
     "mtsae": {
         "extraction": ("mtsae", ""),

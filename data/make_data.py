@@ -249,9 +249,9 @@ def handbook(where, language):
     return out
 
 
-MANUAL_LICENCE = re.compile(
-    r"GPL|General Public License|SPDX-License|BSD|Permission is (hereby )?granted"
-    r"|%%%LICENSE_START|Public Domain|public domain|MIT|Linux-man-pages", re.S)
+MANUAL_LICENCE = re.compile(             # marks of a free licence in a page's comments or its text
+    r"SPDX-License-Identifier|%%%LICENSE_START\((?!MISC)|General Public License|\bGPL"
+    r"|Permission is (hereby )?granted|Redistribution and use|^\.\\\".*public domain", re.M | re.I)
 DROPPED_SECTIONS = re.compile(
     r"AUT(H?EU?R|OR|ORE|OREN|ORES|ORI|EURS)|COPYRIGHT|KOLOPHON|COLO(PH|F)[OÓ]N|TRAD|ÜBERSETZ"
     r"|VERTAL|VOIR AUSSI|SIEHE AUCH|V[EÉ]ASE|VEDERE|VEDI|ZIE OOK|ZIE|FEHLER MELDEN|SIGNALER"
