@@ -457,7 +457,7 @@ def load_transformers(name, device, dtype, label=None):
     except Exception as error:   # transformers raises OSError, ValueError, KeyError, RuntimeError, ...
         text = str(error)
         if "gated" in text.lower() or "401" in text or "403" in text:
-            advice = f"the weights are gated: accept the licence on the model's page, then log in with `hf auth login`"
+            advice = "the weights are gated: accept the licence on the model's page, then log in with `hf auth login`"
         elif os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
             advice = "the model hub cannot be reached and the model is not in the local cache"
         else:
@@ -1247,7 +1247,7 @@ class Run:
     def save_weights(self):
         """sae_weights.safetensors and cfg.json with SAELens' file and tensor names."""
         save_tensors(self.dir / "sae_weights.safetensors", self.sae.state_dict(), None)
-        lm, acts, cfg = self.acts.lm, self.acts, self.cfg
+        lm, acts = self.acts.lm, self.acts
         write_json(self.dir / "cfg.json", {
             "architecture": f"temporal-sae/{self.script}/{self.variant}", "d_in": acts.D,
             "d_sae": self.sae.W_dec.shape[0], "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False,

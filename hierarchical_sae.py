@@ -419,18 +419,19 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
     other temporal terms and routing are one number a token; all are averaged over scored tokens.
     """
     x_hat, f = sae(x, mask)
-    error = ((x_hat.float() - x.float()) / sae.scale)[mask]               # (n, D) in units of sqrt(D)
+    error = ((x_hat.float() - x.float()) / sae.scale)[mask]   # (n, D) in units of sqrt(D)
     f, gate = f.float(), sae.route(x)
     sae.watch(f, gate, mask)
     # Eq. 8 (Sec. 4.4), Eq. 16 (Sec. 5.6):
     #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_adv L_adv
     recon = error.pow(2).sum() / n
-    stats = {"error": recon, "active": ((f > 0) & mask[..., None]).sum() / n}   # logged, not part of the loss
+    # logged, not part of the loss
+    stats = {"error": recon, "active": ((f > 0) & mask[..., None]).sum() / n}
     if cfg.recon_reduction == "mean":                                     # UNSPECIFIED U13
         recon = recon / x.shape[-1]
     terms = {"recon": recon}
     if cfg.activation == "relu":
-        terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n            # f >= 0: the L1 norm is the sum
+        terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n   # f >= 0: the L1 norm is the sum
     if sae.levels > 1:
         terms["routing"] = cfg.routing_weight * routing_loss(gate, mask) / n
     if sae.parts["temporal"] and cfg.lambda_temp:
@@ -605,8 +606,8 @@ def train(cfg, acts):
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
-        batch = acts.batch(step)                                          # [(x (B, T, D), mask (B, T))]
-        n = common.total(sum(mask.sum() for _, mask in batch))            # scored tokens, all processes
+        batch = acts.batch(step)   # [(x (B, T, D), mask (B, T))]
+        n = common.total(sum(mask.sum() for _, mask in batch))   # scored tokens, all processes
         opt.zero_grad()
         # 2. forward and losses   3. backward
         sums, scalars = {}, {}

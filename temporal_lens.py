@@ -345,8 +345,8 @@ def train(cfg, acts):
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
-        batch = acts.batch(step)                                          # [(x (B, T, D), mask (B, T))]
-        n = common.total(sum(mask.sum() for _, mask in batch))            # scored tokens, all processes
+        batch = acts.batch(step)   # [(x (B, T, D), mask (B, T))]
+        n = common.total(sum(mask.sum() for _, mask in batch))   # scored tokens, all processes
         opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg)
         sae.tau.fill_(temperature(step, acts.steps, cfg))
         opt.zero_grad()

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import urllib.request
@@ -70,9 +71,13 @@ def folder():
             os.chdir(before)
 
 
-def run(module, *flags):
-    """module.main(flags) with its output caught -> (exit status, stdout, stderr)."""
+REAL_PLOT = common.plot_training
+
+
+def run(module, *flags, curve=False):
+    """module.main(flags) with its output caught -> (exit status, stdout, stderr); the curve takes a second."""
     out, err = io.StringIO(), io.StringIO()
+    common.plot_training = REAL_PLOT if curve else lambda folder: None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = module.main([str(flag) for flag in flags])
@@ -130,6 +135,8 @@ def tiny_lm(kind="llama"):
 def saved_lm(path):
     """The tiny Llama and its tokenizer in a folder that --model can take."""
     lm = tiny_lm()
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
     lm.model.save_pretrained(path)
     lm.tokenizer.save_pretrained(path)
     return path
@@ -507,21 +514,29 @@ def test_ctrl_c_saves_and_says_how_to_resume():
 
 
 def test_two_processes_equal_one():
-    """torchrun with gloo: the same losses as one process with the same global batch."""
-    scripts = [s for s in SCRIPTS if (HERE / f"{s}.py").exists()]
-    with folder():
-        env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        for script in scripts:
-            base = [str(HERE / f"{script}.py"), *map(str, TINY), "--steps", "50", "--log_every", "1", "--eval", "none"]
-            for out, start in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run",
-                                                                  "--standalone", "--nproc_per_node=2"])):
-                done = subprocess.run(start + base + ["--out", f"{script}-{out}"], capture_output=True, env=env)
-                assert done.returncode == 0, done.stderr.decode()[-2000:]
-            one, two = ([json.loads(line) for line in Path(f"{script}-{n}/log.jsonl").read_text().splitlines()]
+    """torchrun with gloo: the same losses as one process with the same global batch, for each script."""
+    cases = [("tsae",), ("temporal_lens",), ("mtsae",), ("mtsae", "--variant", "unlearning"),
+             ("hierarchical_sae", "--gru_divisor", "4")]
+    flags = [*map(str, TINY), "--steps", "50", "--log_every", "1", "--eval", "none"]
+    with folder() as here:
+        (here / "both.py").write_text(
+            "import importlib, json, sys\n"
+            "for out, script, argv in json.loads(sys.argv[1]):\n"
+            "    assert importlib.import_module(script).main(argv + ['--out', out]) == 0, out\n")
+        jobs = [(f"two{i}", case[0], [*flags, *case[1:]]) for i, case in enumerate(cases)]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               str(here / "both.py"), json.dumps(jobs)], capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        for i, (_, script, argv) in enumerate(jobs):
+            status, _, err = run(sys.modules[script], *argv, "--out", f"one{i}")
+            assert status == 0, err
+            one, two = ([json.loads(line) for line in Path(f"{n}{i}/log.jsonl").read_text().splitlines()]
                         for n in ("one", "two"))
             assert len(one) == len(two) == 50
             for a, b in zip(one, two):
-                assert abs(a["loss"] - b["loss"]) <= 1e-4 * abs(a["loss"]), (script, a["step"], a["loss"], b["loss"])
+                difference = abs(a["loss"] - b["loss"])
+                assert difference <= 1e-4 * abs(a["loss"]), (cases[i], a["step"], a["loss"], b["loss"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -725,7 +740,7 @@ def test_tsae_every_parameter_moves_and_the_loss_falls():
 
 def test_tsae_standard_recovers_known_features():
     with folder():
-        status, _, err = run(tsae, "--no-temporal", "--model", "synthetic", "--out", "a", "--tokens", 32768)
+        status, _, err = run(tsae, "--no-temporal", "--model", "synthetic", "--out", "a", "--batch_size", 8)
         assert status == 0, err
         found = json.loads(Path("a/eval.json").read_text())["recovery"]
         assert found["mean_max_cosine"] > 0.8 > found["random_dictionary"] + 0.3, found
@@ -962,7 +977,8 @@ def test_mtsae_recovers_known_features():
         found = {}
         for name, module, flags in (("standard", tsae, ("--no-temporal",)), ("extraction", mtsae, ()),
                                     ("unlearning", mtsae, ("--variant", "unlearning"))):
-            status, _, err = run(module, "--model", "synthetic", "--out", name, "--eval", "reconstruction", *flags)
+            status, _, err = run(module, "--model", "synthetic", "--out", name, "--eval", "reconstruction",
+                                 "--batch_size", 8, *flags)
             assert status == 0, err
             found[name] = json.loads(Path(name, "eval.json").read_text())["recovery"]["mean_max_cosine"]
         for name in ("extraction", "unlearning"):
@@ -2742,6 +2758,7 @@ def test_real_model_has_a_sink_at_position_0():
     lm = real_lm()
     texts = [row["text"] for row in common.bundled("corpus", "heldout", ["prose"])][:4]
     tokens, lengths = common.make_windows(texts, lm, 128, 4)
+    tokens = tokens[:4]
     states = common.hidden_states(lm, tokens.long(), [5, 19])
     for layer, h in states.items():
         norm = h.float().norm(dim=-1)
@@ -2757,7 +2774,7 @@ def test_real_model_trains_and_evaluates():
     real_lm()
     with folder():
         status, out, err = run(tsae, "--no-temporal", "--layer", 5, "--tokens", 4096, "--heldout_tokens", 1024,
-                               "--steps", 60, "--lr", 3e-3, "--lr_warmup", 1, "--out", "a")
+                               "--steps", 60, "--lr", 3e-3, "--lr_warmup", 1, "--out", "a", curve=True)
         assert status == 0, err
         core = json.loads(Path("a/eval.json").read_text())["core"]
         assert core["EV"] > 0.5 and core["ce_loss_without_sae"] < core["ce_loss_with_sae"] < core["ce_loss_with_ablation"]
@@ -2900,30 +2917,64 @@ def test_hygiene_readme_commands_and_paths():
 # ---------------------------------------------------------------------------------------------
 
 
-def main(words):
-    """Run the tests whose name holds one of the words (all test_* without words). -> exit status."""
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+def names_of(words):
+    """Tests whose name holds one of the words; all test_* without words; an exercise by its whole name."""
     names = [n for n, v in list(globals().items()) if callable(v) and n.startswith(("test_", "exercise_"))]
     if words:
-        chosen = [n for n in names if any(n == w or (w in n and n.startswith("test_")) for w in words)]
-    else:
-        chosen = [n for n in names if n.startswith("test_")]
-    passed = failed = skipped = 0
-    for name in chosen:
+        return [n for n in names if any(n == w or (w in n and n.startswith("test_")) for w in words)]
+    return [n for n in names if n.startswith("test_")]
+
+
+def run_tests(names):
+    """Run tests in this process -> [passed, failed, skipped]."""
+    counts = [0, 0, 0]
+    for name in names:
         start = time.time()
         try:
             globals()[name]()
-            passed += 1
+            counts[0] += 1
             print(f"ok    {name}  ({time.time() - start:.1f} s)", flush=True)
         except Skip as reason:
-            skipped += 1
+            counts[2] += 1
             print(f"skip  {name}: {reason}", flush=True)
         except Exception:
             import traceback
-            failed += 1
+            counts[1] += 1
             print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed or not chosen else 0
+    return counts
+
+
+def main(words):
+    """Run the tests, on two cores in two processes of one thread each. -> exit status."""
+    torch.set_num_threads(1)
+    if words[:1] == ["--part"]:
+        print("counts", *run_tests(names_of([])[int(words[1])::2]), flush=True)
+        return 0
+    if words or (os.cpu_count() or 1) < 2:
+        counts = run_tests(names_of(words))
+    else:
+        counts = [0, 0, 0]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        parts = [subprocess.Popen([sys.executable, __file__, "--part", str(i)], env=env, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True) for i in range(2)]
+        threads = [threading.Thread(target=follow, args=(part, counts)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        counts[1] += sum(part.wait() != 0 for part in parts)
+    print("{} passed, {} failed, {} skipped".format(*counts))
+    return 1 if counts[1] or not sum(counts) else 0
+
+
+def follow(part, counts):
+    """Pass on a part's output and add up its counts."""
+    for line in part.stdout:
+        if line.startswith("counts "):
+            for i, n in enumerate(line.split()[1:]):
+                counts[i] += int(n)
+        else:
+            print(line, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -130,18 +130,22 @@ class Config:
     save_every: int = 500           # steps between checkpoints
 
 
-LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, batch_size=4, lm_batch=16)   # sizes, steps only
-CHOICES = dict(activation=("relu", "topk"), recon_reduction=("sum", "mean"), lag_reduction=("sum", "mean"),
-               variance_weights=("printed", "mean", "off"), layer_norm=("pre", "post", "off"))
+# sizes and step counts only
+LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, batch_size=4, lm_batch=16)
+CHOICES = dict(activation=("relu", "topk"), recon_reduction=("sum", "mean"),
+               lag_reduction=("sum", "mean"), variance_weights=("printed", "mean", "off"),
+               layer_norm=("pre", "post", "off"))
 PAPER = {  # metric -> what the paper reports
-    "core.EV": "-0.78 (baseline, Sec. 6.1)", "core.MSE": "47.25 (baseline)", "core.L0": "0.0 (baseline)",
-    "core.l2_ratio": "0.0 (baseline)", "core.ce_loss_with_sae": "18.0 (Gemma-2-2B)",
+    "core.EV": "-0.78 (baseline, Sec. 6.1)", "core.MSE": "47.25 (baseline)",
+    "core.L0": "0.0 (baseline)", "core.l2_ratio": "0.0 (baseline)",
+    "core.ce_loss_with_sae": "18.0 (Gemma-2-2B)",
     "core.ce_loss_without_sae": "2.94 (Gemma-2-2B)", "steps": "0 (every temporal variant)"}
 
 
 def variant(cfg):
     """Name of the run's variant, used for the run folder."""
-    return ("tsae" if cfg.temporal else "standard") + ("" if cfg.activation == "relu" else f"-topk{cfg.k}")
+    name = "tsae" if cfg.temporal else "standard"
+    return name + ("" if cfg.activation == "relu" else f"-topk{cfg.k}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def variant(cfg):
 
 
 class TSAE(nn.Module):
-    """Standard SAE with the temporal extras of paper C. Position-wise: token t never sees token u."""
+    """Standard SAE with the temporal extras of paper C. Position-wise: t never sees u."""
     causal = True
 
     def __init__(self, D, cfg):
@@ -170,11 +174,12 @@ class TSAE(nn.Module):
         if cfg.temporal and cfg.buffers:                                  # UNSPECIFIED U1
             state = torch.randn(cfg.T, n_features, generator=common.generator(cfg.seed, "buffers"))
             self.register_buffer("temporal_buffer", cfg.buffer_std * state)   # (T, F)
-        self.pending = 0.0                                                # sums of codes since the last update
+        self.pending = 0.0   # sums of codes since the last update
 
     def encode(self, x, mask=None):
         """Raw activations (..., D) -> features (..., F). mask is accepted and not needed."""
-        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc, multiplied out so that
+        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc,
+        # multiplied out so that
         # b_dec's gradient does not cost a sixth matrix product
         pre = x / self.scale @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)   # (..., F)
         norm = self.cfg.layer_norm if self.cfg.temporal else "off"
@@ -202,14 +207,15 @@ class TSAE(nn.Module):
         if not self.cfg.buffers or step >= self.cfg.warmup:
             return f
         weight = mask[..., None].float()
-        self.pending = self.pending + torch.stack([(f.detach() * weight).sum(0), weight.sum(0).expand_as(f[0])])
+        summed, count = (f.detach() * weight).sum(0), weight.sum(0).expand_as(f[0])
+        self.pending = self.pending + torch.stack([summed, count])       # (2, T, F)
         return torch.lerp(f, self.temporal_buffer, self.cfg.buffer_mix)
 
     @torch.no_grad()
     def update_buffers(self):
         """Move the state of each position towards this step's mean code by the mixing ratio."""
         if torch.is_tensor(self.pending):
-            summed, count = common.total(self.pending)                    # (T, F) each, all processes
+            summed, count = common.total(self.pending)   # (T, F) each, all processes
             self.temporal_buffer.lerp_(summed / count.clamp(min=1), self.cfg.buffer_mix)
             self.pending = 0.0
 
@@ -246,16 +252,18 @@ def losses(sae, x, mask, n, step, cfg):
     all three are averaged over scored tokens.
     """
     x_hat, f = sae(x, mask)
-    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]     # (B, T, D), mean norm of x: sqrt(D)
+    # (B, T, D), mean norm of x: sqrt(D)
+    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
     # Eq. 1, 2: L = w(t) L_recon + lambda_1 L_sparsity + sum_s lambda_s L_s
     recon = error.pow(2).sum() / n
-    stats = {"error": recon, "active": ((f > 0).sum(-1) * mask).sum() / n}   # logged, not part of the loss
-    if cfg.recon_reduction == "mean":                                     # ABLATION: fact 3's collapse
+    # logged, not part of the loss
+    stats = {"error": recon, "active": ((f > 0).sum(-1) * mask).sum() / n}
+    if cfg.recon_reduction == "mean":   # ABLATION: fact 3's collapse
         recon = recon / x.shape[-1]
     terms = {"recon": recon}
     if cfg.activation == "relu":
-        terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n            # f >= 0: the L1 norm is the sum
+        terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n   # f >= 0: the L1 norm is the sum
     if cfg.temporal:
         terms["recon"] = recon_boost(step, cfg) * recon
         blended = sae.blend(f, mask, step)
@@ -265,12 +273,15 @@ def losses(sae, x, mask, n, step, cfg):
 
 
 def lag_weights(T, cfg, device=None):
-    """Weight of the pair (t, u) by its lag |t - u|: a symmetric Toeplitz matrix (T, T), 0 diagonal."""
-    # Sec. 3.1, 4.1: L_short = sum_{i=1..3}, L_medium = sum_{i=4..15}, L_long = sum_{i=16..127}  AMBIGUOUS A1
+    """Weight of the pair (t, u) by its lag |t - u|: symmetric Toeplitz (T, T), 0 diagonal."""
+    # Sec. 3.1, 4.1: L_short = Σ_{i=1..3}, L_medium = Σ_{i=4..15}, L_long = Σ_{i=16..127}
+    # of ||h_{t+i} - h_t||^2                                                         AMBIGUOUS A1
     lag = torch.arange(T, device=device)
     weight = torch.zeros(T, device=device)
-    for first, last, value in ((1, 3, cfg.lambda_short), (4, 15, cfg.lambda_medium), (16, 127, cfg.lambda_long)):
-        per_lag = value / (last - first + 1) if cfg.lag_reduction == "mean" else value   # AMBIGUOUS A2
+    scales = (1, 3, cfg.lambda_short), (4, 15, cfg.lambda_medium), (16, 127, cfg.lambda_long)
+    for first, last, value in scales:
+        # AMBIGUOUS A2
+        per_lag = value / (last - first + 1) if cfg.lag_reduction == "mean" else value
         weight[(lag >= first) & (lag <= last)] = per_lag
     return weight[(lag[:, None] - lag[None, :]).abs()]                    # (T, T)
 
@@ -299,7 +310,7 @@ class LagQuadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, A, degree, weight):
-        with torch.autocast(f.device.type, enabled=False):                # fp32: differences of sums
+        with torch.autocast(f.device.type, enabled=False):   # fp32: differences of sums
             Lf = torch.addcmul(-torch.matmul(A, f), degree, f).mul_(weight)   # (B, T, F)
         ctx.save_for_backward(Lf)
         return torch.dot(Lf.flatten(), f.flatten())
@@ -310,7 +321,7 @@ class LagQuadratic(torch.autograd.Function):
 
 
 def variance_weights(centred, count, cfg):
-    """Feature weights of Eq. 3 from each window's variance: (B, T, F) centred codes -> (B, 1, F)."""
+    """Feature weights of Eq. 3 from each window's variance: centred (B, T, F) -> (B, 1, F)."""
     if cfg.variance_weights == "off":
         return torch.ones_like(centred[:, :1])
     # Eq. 3: lambda_i = sigma_i^2 / sum_j sigma_j^2 * lambda_base; variance below 0.01 excluded
@@ -348,7 +359,7 @@ def noise_level(step, cfg):
 
 @torch.no_grad()
 def add_gradient_noise(sae, step, cfg):
-    """Sec. 4.2: Gaussian noise on the gradients during warm-up; a pure function of seed and step."""
+    """Sec. 4.2: Gaussian noise on gradients during warm-up; a pure function of seed and step."""
     level = noise_level(step, cfg)
     if level > 0:
         gen = common.generator(cfg.seed, f"noise{step}", sae.W_dec.device)
@@ -376,8 +387,8 @@ def train(cfg, acts):
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
-        batch = acts.batch(step)                                          # [(x (B, T, D), mask (B, T))]
-        n = common.total(sum(mask.sum() for _, mask in batch))            # scored tokens, all processes
+        batch = acts.batch(step)   # [(x (B, T, D), mask (B, T))]
+        n = common.total(sum(mask.sum() for _, mask in batch))   # scored tokens, all processes
         opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg)
         opt.zero_grad()
         # 2. forward and losses   3. backward
@@ -405,23 +416,19 @@ def train(cfg, acts):
         run.log(step, sums, lr=opt.param_groups[0]["lr"])
         run.save_if_due(step)
 
-    results = run.evaluate(cfg.eval, PAPER, extra=extra_metrics)
-    return results
+    return run.evaluate(cfg.eval, PAPER, extra=lambda sae, acts: transitions(sae, acts, run.dir))
 
 
 @torch.no_grad()
-def extra_metrics(sae, acts):
-    """Sec. 5.3: feature activation variance and transition patterns on held-out text."""
-    return {"transitions": transitions(sae, acts)}
+def transitions(sae, acts, folder=None):
+    """Sec. 5.3: transition patterns between neighbouring scored tokens, and activation variance.
 
-
-def transitions(sae, acts):
-    """Transition patterns of features between neighbouring scored tokens.
-
-    Returns means over live features: p_stay = P(on at t+1 | on at t), p_on = P(on | off), and the mean
-    over features and windows of the within-window activation variance (squared units of sqrt(D)).
+    Means over live features: p_stay = P(on at t+1 | on at t), p_on = P(on at t+1 | off at t).
+    variance: mean over features and windows of a feature's variance within the window (x of mean
+    norm sqrt(D)). With a folder also transitions.png: the most and the least persistent features.
     """
-    on = stay = start = off = variance = windows = 0
+    on = stay = start = off = 0
+    variance = windows = 0.0
     for x, mask in acts.heldout():
         f = sae.encode(x, mask).float() * mask[..., None]
         pair = (mask[:, 1:] & mask[:, :-1])[..., None]
@@ -430,11 +437,39 @@ def transitions(sae, acts):
         off, start = off + (~now & pair).sum((0, 1)), start + (~now & then).sum((0, 1))
         count = mask.sum(1)[:, None].clamp(min=1)
         mean = f.sum(1) / count
-        variance = variance + (f.pow(2).sum(1) / count - mean.pow(2)).mean(-1).sum().item()
+        variance += (f.pow(2).sum(1) / count - mean.pow(2)).mean(-1).sum().item()
         windows += len(x)
     live = on > 0
-    p_stay, p_on = stay[live] / on[live], start[live] / off[live].clamp(min=1)
-    return {"p_stay": p_stay.mean().item(), "p_on": p_on.mean().item(), "variance": variance / windows}
+    p_stay, p_on = stay / on.clamp(min=1), start / off.clamp(min=1)       # (F,)
+    if folder is not None and live.any():
+        draw_transitions(folder / "transitions.png", sae, acts, p_stay.masked_fill(on < 20, -1.0))
+    return {"transitions": {"p_stay": p_stay[live].mean().item(), "p_on": p_on[live].mean().item(),
+                            "variance": variance / windows}}
+
+
+def draw_transitions(path, sae, acts, p_stay, n=24):
+    """Raster of the n most and n least persistent features over three held-out windows.
+
+    p_stay (F,); features with fewer than 20 pairs are marked by -1 and left out.
+    """
+    plt = common.pyplot()
+    order = p_stay.argsort(descending=True)[:(p_stay >= 0).sum()]
+    x, mask = next(iter(acts.heldout()))
+    f = (sae.encode(x, mask) * mask[..., None])[:3].flatten(0, 1)         # (3 T, F)
+    figure, axes = plt.subplots(2, 1, figsize=(11, 7), sharex=True)
+    for axis, chosen, name in ((axes[0], order[:n], "most"), (axes[1], order[-n:], "least")):
+        share = f[:, chosen] / f[:, chosen].amax(0).clamp(min=1e-8)       # (3 T, n)
+        image = axis.imshow(share.t().cpu(), aspect="auto", interpolation="nearest", cmap="magma")
+        stays = p_stay[chosen]
+        title = f"The {len(chosen)} {name} persistent features: P(stays on) "
+        axis.set(ylabel="feature", title=title + f"{stays.min():.2f} to {stays.max():.2f}")
+        figure.colorbar(image, ax=axis, label="share of its maximum here")
+        for border in range(acts.T, len(share), acts.T):
+            axis.axvline(border - 0.5, color="white", linewidth=1)
+    axes[1].set_xlabel("token (three held-out windows, white lines between them)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
