@@ -3,21 +3,22 @@
 Paper   A: "MTSAE: Multi-Scale Temporal Feature Extraction for Interpretable Language Model
         Modification"; D: "Temporal Feature Disentanglement: Multi-Scale Sparse Autoencoders for
         Selective Model Unlearning"; both anonymous, under double-blind review.
-Run     python mtsae.py --layer 19                       paper A, Run 3: rates 1, 4, 16 (Sec. 6.1)
-        python mtsae.py --layer 19 --rates 1,2,4         paper A, Run 2: rates 1, 2, 4
-        python mtsae.py --layer 19 --rates 1,2,4 --recon_weight 1          paper A, Run 1 (U4)
-        python mtsae.py --variant unlearning             paper D; with --tokens 10000 --steps 0 --preset
-                                                         paper its run as reported (4 steps)
-        python mtsae.py --variant unlearning --eval core,unlearning        and what it is for (D8)
+Run     python mtsae.py --layer 19                         paper A, Run 3: rates 1, 4, 16 (Sec. 6.1)
+        python mtsae.py --layer 19 --rates 1,2,4           paper A, Run 2: rates 1, 2, 4
+        python mtsae.py --layer 19 --rates 1,2,4 --recon_weight 1            paper A, Run 1 (U4)
+        python mtsae.py --variant unlearning               paper D
+        python mtsae.py --variant unlearning --tokens 10000 --steps 0 --batch_size 16
+                                                           paper D as reported: 4 steps (D3)
+        python mtsae.py --variant unlearning --eval core,unlearning          and what it is for
 
 The idea. A standard SAE encodes every token on its own. An MTSAE first lets each channel of the
 residual stream look along the sequence: depth-wise convolutions of kernel 3, dilated by different
-rates, read the tokens r before and r after. Paper A averages the branches with the tokens themselves
-(a residual), normalises and encodes that, and asks neighbouring codes to point the same way. Paper D
-normalises each branch for itself, gives the encoder all of them side by side, and asks the branches
-to differ. Both reconstruct the token itself, so the rest of the sequence can only help to choose features.
-The branches are parallel, not stacked: the reach is the largest rate, 16 tokens either way in paper A,
-not the 128 that the paper claims; mixing.reach in the results measures it.
+rates, read the tokens r before and r after. Paper A averages the branches with the tokens
+themselves (a residual), normalises and encodes that, and asks neighbouring codes to point the same
+way. Paper D normalises each branch for itself, gives the encoder all of them side by side, and asks
+the branches to differ. Both reconstruct the token itself, so the rest of the sequence can only help
+to choose features. The branches are parallel, not stacked: paper A reaches as far as its largest
+rate, 16 tokens either way, not the 128 that it claims (mixing.reach in the results measures it).
 
 Notation (paper -> code)
     A^l, h^l        residual stream at layer l            x          (B, T, D)
@@ -30,57 +31,67 @@ Notation (paper -> code)
     mask = True. Equations are numbered A.1 ... A.6 and D.1 ... D.4 after their paper.
 
 Paper -> code
-    Eq. A.1         MTSAE.encode                    sequences of activations -> sequences of codes
-    Eq. A.3         MTSAE.temporal, merge_branches  dilated depth-wise convolutions + residual, averaged
-    Sec. A.4.1      MaskedBatchNorm                 batch normalisation after the temporal stage
-    Eq. A.4, D.3    MTSAE.features                  ReLU encoder
-    Eq. A.5         MTSAE.decode, normalize_decoder  linear decoder, unit-norm rows
-    Eq. A.2, A.6    losses, NeighbourCosine        reconstruction + sparsity - coherence
-    Sec. A.4.3      resample, lr_factor             neuron resampling, warm-up
-    Sec. A.4.4      fill_masked, MTSAE.pad          circular and replication padding
-    Eq. D.2         MTSAE.temporal                  branches, each with its own LayerNorm
-    Eq. D.1, D.4    losses, Separation              norm + sparsity + separation of the branches
-    Sec. D.4, D.5   lr_factor, monitor              schedule; gradient, convolution, activation statistics
-    Abstract D      common.unlearning               chosen features suppressed inside the language model
+    Eq. A.1         MTSAE.encode                      sequences of activations -> of codes
+    Eq. A.3         MTSAE.temporal, merge_branches    dilated convolutions + residual, averaged
+    Sec. A.4.1      MaskedBatchNorm                   batch normalisation after the temporal stage
+    Eq. A.4, D.3    MTSAE.features                    ReLU encoder
+    Eq. A.5         MTSAE.decode, normalize_decoder   linear decoder, unit-norm rows
+    Eq. A.2, A.6    losses, NeighbourCosine           reconstruction + sparsity - coherence
+    Sec. A.4.3      resample, lr_factor               neuron resampling, warm-up
+    Sec. A.4.4      fill_masked, MTSAE.pad            circular and replication padding
+    Eq. D.2         MTSAE.temporal, MTSAE.branches    branches, each with its own LayerNorm
+    Eq. D.1, D.4    losses, Separation                norm + sparsity + separation of the branches
+    Sec. D.4, D.5   lr_factor, monitor                schedule; gradient and branch statistics
+    Abstract D      common.unlearning                 features suppressed inside the language model
 
 What the papers leave open, and how it is settled here
-    AMBIGUOUS A1    A: "batch normalization" after the residual, which of the branches or of their
-                    average. Code: of the average. --batch_norm average | branch | off.
-    AMBIGUOUS A2    Norms and cosines without an axis. Code: squared error and norm over D, L1 over F, cosine
-                    per pair of neighbours; each averaged over tokens (pairs). The sign of the coherence term
-                    differs between Eq. A.2 and A.6 because A.2 has it inside L_temporal: the same thing.
-    AMBIGUOUS A3    D: "cosine learning rate warmup over 1000 steps". Code: linear warm-up, then a cosine to 0
-                    at the last step. --schedule constant | cosine | cosine-warmup (cosine-shaped, then constant).
-    AMBIGUOUS A4    D: batch of 2048. Code: tokens (16 sequences), which alone gives the reported 4 steps from
-                    10,000 tokens. Sequences: --batch_size 2048.
-    AMBIGUOUS A5    D: Table 1's deviations (0.09 ... 0.08) cannot be those of z_k, which LayerNorm sets to
-                    1. Code: statistics of the convolutions before it, in raw units.
-    UNSPECIFIED U1  A: kernel size. Code: 3, as in D. Neither says how the kernels start nor whether they
-                    have a bias. Code: uniform in +-0.1 about the identity (in A that is the residual; in D the
-                    tap at t gets 1), so that a token starts as itself; no bias (the normalisation after it has
-                    one). --conv_init 0.577 is PyTorch's range: slower to learn, and neighbours leak in.
-    UNSPECIFIED U2  A: what resampled neurons become. Code: W_dec row = direction of the sampled token, W_enc
-                    column = direction of what the encoder read there, 0.2 times the mean norm of the columns of
-                    live neurons, b_enc = 0 (Bricken et al. 2023). Tokens are drawn with probability
-                    proportional to their squared error in the current batch.
+    AMBIGUOUS A1    A: "batch normalization" after the residual: of each branch or of their average?
+                    Code: of the average. --batch_norm average | branch | off.
+    AMBIGUOUS A2    Norms and cosines without an axis. Code: squared error and norm over D, L1 over
+                    F, cosine per pair of neighbours; each averaged over tokens (pairs). Eq. A.2
+                    adds and A.6 subtracts the coherence term; A.2 has the sign inside L_temporal.
+    AMBIGUOUS A3    D: "cosine learning rate warmup over 1000 steps". Code: linear warm-up, then a
+                    cosine to 0 at the last step. --schedule constant | cosine | cosine-warmup
+                    (the warm-up itself cosine-shaped, then constant).
+    AMBIGUOUS A4    D: batch of 2048. Code: tokens (16 sequences), which alone gives the reported 4
+                    steps from 10,000 tokens. Sequences: --batch_size 2048.
+    AMBIGUOUS A5    D: Table 1's deviations (0.09 ... 0.08) cannot be those of z_k, which LayerNorm
+                    sets to 1. Code: statistics of the convolutions before it, in raw units.
+    UNSPECIFIED U1  A: kernel size. Code: 3, as in D. Neither says how the kernels start nor whether
+                    they have a bias. Code: uniform in +-0.1 about the identity (in A that is the
+                    residual; in D the tap at t gets 1), so that a token starts as itself; no bias
+                    (the normalisation after it has one). --conv_init 0.577 is PyTorch's range:
+                    neighbours start as noise, and training first has to push them out.
+    UNSPECIFIED U2  A: what resampled neurons become. Code: W_dec row = direction of the sampled
+                    token, W_enc column = direction of what the encoder read there, 0.2 times the
+                    mean norm of the columns of live neurons, b_enc = 0 (Bricken et al. 2023).
+                    Tokens are drawn with probability proportional to their squared error in the
+                    current batch.
     UNSPECIFIED U3  A: weight decay, number of steps. Code: 0 and 4000.
-    UNSPECIFIED U4  A: the loss weights of Run 1 (adjusted later). Code: reconstruction weight 1 instead of 2.
-    UNSPECIFIED U5  D: what decays. Code: every parameter (AdamW's default); decoder rows are renormalised after.
-    UNSPECIFIED U6  How the encoder starts. Code: the decoder's transpose, in D a K-th of it for each branch.
-    UNSPECIFIED U7  What a convolution reads at tokens that do not count. Code: the mean activation; behind
-                    the last scored token, the last scored activation (paper A's replication padding).
-    DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), their mean is
-                    subtracted before the convolutions, and attention-sink tokens are masked. The mean changes
-                    nothing in paper A (batch norm removes it); in D, LayerNorm would spend itself on it:
-                    --no-center.
-    DEVIATION D2    The gradient's component along each decoder row is removed, as in the control tsae.py.
-    DEVIATION D3    D: 10,000 tokens are 4 steps, the "early termination" of Sec. 6.1. Code: 10,000,000.
-    DEVIATION D4    Batch-norm statistics cover one forward pass: with --micro_batch, the micro-batch.
-Circular padding reads later tokens and joins the last token to the first. Spliced into the language model,
-such a code can leak the answer: --padding causal reads t-2r, t-r, t instead (an option of ours).
+    UNSPECIFIED U4  A: the loss weights of Run 1 (adjusted later). Code: reconstruction 1, not 2.
+    UNSPECIFIED U5  D: what decays. Code: every parameter (AdamW's default), decoder rows too, which
+                    are renormalised after it.
+    UNSPECIFIED U6  How the encoder starts. Code: the decoder's transpose, in D a K-th for a branch.
+    UNSPECIFIED U7  What a convolution reads at tokens that do not count. Code: the mean activation;
+                    behind the last scored token, the last scored activation (A's replication).
+    DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), and
+                    attention-sink tokens are masked: see tsae.py. In A their mean is subtracted
+                    first, which batch norm would do (exactly: it changes no output); not in D,
+                    where LayerNorm stands behind the convolutions. --center, --no-center.
+    DEVIATION D2    The gradient's component along each decoder row is removed, as in tsae.py.
+    DEVIATION D3    D: 10,000 tokens are 4 steps, the "early termination" of Sec. 6.1. Code:
+                    10,000,000.
+    DEVIATION D4    Batch-norm statistics cover one forward pass: with --micro_batch, that.
 
-Does not include: branches stacked on each other (which alone would reach across 128 tokens with few rates), D's
-"adaptive dilation rates" (future work).
+Circular padding reads later tokens and joins the last token to the first. Spliced into the language
+model, such a code can leak the answer: --padding causal reads t-2r, t-r, t (an option of ours).
+Neither encoder subtracts the trained b_dec, as tsae.py's does (Eq. A.4, D.3): that alone makes the
+first hundreds of steps slower than the control's, whatever the convolutions do.
+Cost: the gradient of the kernels needs a sixth matrix product (a standard SAE has five), in D the
+encoder has K D inputs: 6/5 and (3 K + 3)/5 of the control's arithmetic.
+
+Does not include: branches stacked on each other, which would reach further; D's "adaptive dilation
+rates" (future work).
 """
 import math
 from dataclasses import dataclass
@@ -114,11 +125,11 @@ class Config:
     conv_init: float = 0.1          # kernels start uniform in +- this about the identity (U1)   ABLATION
     batch_norm: str = "average"     # paper A: average, branch, off (A1)   ABLATION
     bn_momentum: float = 0.1        # of the running statistics (PyTorch's; not given)
-    center: bool = True             # subtract the mean activation first (D1)   ABLATION
+    center: bool = True             # subtract the mean activation first (D1; D: no)   ABLATION
     # losses
     recon: str = "squared"          # squared error (Eq. A.6) or its root, norm (Eq. D.4)   ABLATION
     recon_reduction: str = "sum"    # squared error summed or averaged over D (A2; mean collapses)   ABLATION
-    recon_weight: float = 2.0       # reconstruction (Eq. A.2; Eq. D.4: 1)   ABLATION
+    recon_weight: float = 2.0       # reconstruction (Eq. A.2; Eq. D.4: 1; U4)   ABLATION
     l1: float = 0.04                # sparsity (Eq. A.2, D.4)
     coherence: float = 0.15         # paper A: cosine of neighbouring codes (Eq. A.2)   ABLATION
     separation: float = 0.1         # paper D: lambda_2, cosine between branches (Eq. D.4)   ABLATION
@@ -154,25 +165,29 @@ class Config:
 
 # what a variant sets where the user set nothing; Config's own defaults are paper A's
 VARIANTS = {"extraction": {}, "unlearning": dict(
-    model="EleutherAI/pythia-70m", layer="3", rates="1,2,4,8", recon="norm", recon_weight=1.0, batch_size=16,
-    weight_decay=0.01, schedule="cosine", resample_every=0, dtype="float32")}
-_SIZES = dict(tokens=131_072, heldout_tokens=16_384, steps=3000, batch_size=4, lm_batch=16)   # sizes only
+    # DEVIATION D3: tokens stay at 10,000,000
+    model="EleutherAI/pythia-70m", layer="3", rates="1,2,4,8", center=False, recon="norm",
+    recon_weight=1.0, batch_size=16, weight_decay=0.01, schedule="cosine", resample_every=0,
+    dtype="float32")}
+# sizes and step counts only
+_SIZES = dict(tokens=131_072, heldout_tokens=16_384, steps=3000, batch_size=4, lm_batch=16)
 LAPTOP = {"extraction": _SIZES, "unlearning": dict(_SIZES, model="auto", layer="19"),
-          "extraction synthetic": dict(l1=0.4)}       # known features are too few for 0.04 to separate
+          "extraction synthetic": dict(l1=0.4)}   # known features are too few for 0.04 to separate
 CHOICES = dict(variant=tuple(VARIANTS), activation=("relu", "topk"), padding=("circular", "causal"),
-               batch_norm=("average", "branch", "off"), recon=("squared", "norm"), recon_reduction=("sum", "mean"),
-               schedule=("constant", "cosine", "cosine-warmup"))
+               batch_norm=("average", "branch", "off"), recon=("squared", "norm"),
+               recon_reduction=("sum", "mean"), schedule=("constant", "cosine", "cosine-warmup"))
 PAPER = {  # metric -> what the paper reports
     "extraction": {
         "core.sparsity_inactive": "0.50 (Sec. 6.1)", "mixing.reach": "128 (abstract)",
         "resampling.features": "0.15 (Sec. 6.3)"},
     "unlearning": {
-        "core.EV": "-0.785 (Sec. 6.2)", "core.MSE": "47.25 (as 'L2 loss')", "core.L0": "0.0", "core.L1": "0.0",
-        "core.relative_reconstruction_bias": "-1.0", "core.kl_div_score": "-0.5279",
-        "core.ce_loss_score": "-0.5855", "steps": "4 (5 of 5 seeds, Sec. 6.1)",
-        "branches.std_1": "0.0891 (Table 1)", "branches.std_2": "0.0867", "branches.std_4": "0.0842",
-        "branches.std_8": "0.0819", "branches.mean_1": "0.0012 (Table 1)", "branches.mean_2": "0.0009",
-        "branches.mean_4": "0.0007", "branches.mean_8": "0.0005"}}
+        "core.EV": "-0.785 (Sec. 6.2)", "core.MSE": "47.25 (as 'L2 loss')", "core.L0": "0.0",
+        "core.L1": "0.0", "core.relative_reconstruction_bias": "-1.0",
+        "core.kl_div_score": "-0.5279", "core.ce_loss_score": "-0.5855",
+        "steps": "4 (5 of 5 seeds, Sec. 6.1)",
+        "branches.mean_1": "0.0012 (Table 1)", "branches.std_1": "0.0891 (Table 1)",
+        "branches.mean_2": "0.0009", "branches.std_2": "0.0867", "branches.mean_4": "0.0007",
+        "branches.std_4": "0.0842", "branches.mean_8": "0.0005", "branches.std_8": "0.0819"}}
 
 
 def variant(cfg):
@@ -186,10 +201,10 @@ def variant(cfg):
 
 
 class MTSAE(nn.Module):
-    """Sparse autoencoder behind dilated depth-wise convolutions: papers A (extraction) and D (unlearning).
+    """Sparse autoencoder behind dilated depth-wise convolutions (papers A and D).
 
-    Encodes sequences only, since positions mix. Paper A's batch norm uses the batch in train() mode and
-    running statistics in eval() mode, as any batch norm does.
+    Encodes sequences only, since positions mix. Paper A's batch norm uses the batch in train() mode
+    and running statistics in eval() mode, as any batch norm does.
     """
 
     def __init__(self, D, cfg):
@@ -198,35 +213,41 @@ class MTSAE(nn.Module):
         assert cfg.activation != "topk" or cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
         self.cfg = cfg
         self.rates = parse_rates(cfg.rates)
-        self.causal = cfg.padding == "causal"                             # if not, a spliced CE is leakage
+        self.causal = cfg.padding == "causal"                             # else a spliced CE leaks
         K, R = len(self.rates), max(self.rates)
-        self.origin = 2 * R if self.causal else R                         # tokens put before the first one
+        self.extra = 2 * R                                                # tokens that pad() adds
+        self.origin = 2 * R if self.causal else R                         # those before token 0
         taps = (-2, -1, 0) if self.causal else (-1, 0, 1)
-        self.starts = [[self.origin + r * tap for tap in taps] for r in self.rates]   # K x 3 rows of the padded x
+        # where the K x 3 taps of token 0 stand in a padded sequence
+        self.starts = [[self.origin + r * tap for tap in taps] for r in self.rates]
         copies = K if cfg.variant == "unlearning" else 1                  # encoder inputs over D
         W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
         W = W / W.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
-        self.W_enc = nn.Parameter(W.t().repeat(copies, 1) / copies)       # (D, F) or (K D, F)   UNSPECIFIED U6
+        # UNSPECIFIED U6
+        self.W_enc = nn.Parameter(W.t().repeat(copies, 1) / copies)       # (D, F) or (K D, F)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
-        self.register_buffer("mean", torch.zeros(D))                      # in units of scale   DEVIATION D1
+        self.register_buffer("mean", torch.zeros(D))                      # in units of scale
+        # UNSPECIFIED U1
         uniform = torch.rand(K, 3, D, generator=common.generator(cfg.seed, "kernels")) * 2 - 1
-        kernels = cfg.conv_init * uniform                                 # (K, 3, D)   UNSPECIFIED U1
-        if cfg.variant == "unlearning":                                   # no residual: the token itself
+        kernels = cfg.conv_init * uniform                                 # (K, 3, D)
+        if cfg.variant == "unlearning":                                   # no residual: the token
             kernels[:, taps.index(0)] += 1.0
         self.kernels = nn.Parameter(kernels)
         if cfg.variant == "unlearning":
             self.ln_weight = nn.Parameter(torch.ones(K, D))               # one LayerNorm a branch
             self.ln_bias = nn.Parameter(torch.zeros(K, D))
         elif cfg.batch_norm != "off":
-            self.bn = MaskedBatchNorm((K, D) if cfg.batch_norm == "branch" else (D,), cfg.bn_momentum)
-        self.register_buffer("inactive", torch.zeros(n_features, dtype=torch.int64))    # steps since last active
-        self.register_buffer("resampled", torch.zeros(n_features, dtype=torch.int64))   # how often
+            shape = (K, D) if cfg.batch_norm == "branch" else (D,)        # AMBIGUOUS A1
+            self.bn = MaskedBatchNorm(shape, cfg.bn_momentum)
+        # per feature: steps since it was last active, and how often it was resampled
+        self.register_buffer("inactive", torch.zeros(n_features, dtype=torch.int64))
+        self.register_buffer("resampled", torch.zeros(n_features, dtype=torch.int64))
 
     def encode(self, x, mask=None):
-        """Raw activations (B, T, D), mask (B, T) -> features (B, T, F). Without a mask every token counts."""
+        """Raw activations (B, T, D), mask (B, T) -> features (B, T, F); no mask: all count."""
         # Eq. A.1 (Sec. 3.1): f_theta: R^{T x d} -> R^{T x k}, k = d
         return self.features(self.temporal(x, mask))
 
@@ -242,43 +263,47 @@ class MTSAE(nn.Module):
 
     def features(self, h):
         """What the encoder reads (..., D or K D) -> features (..., F)."""
-        # Eq. A.4 (Sec. 4.2): f = ReLU(W_enc h + b_enc)   Eq. D.3 (Sec. 4): e = ReLU(W_enc [z_1; ...; z_K] + b_enc)
-        pre = h @ self.W_enc + self.b_enc                                 # (..., F); no b_dec in either paper
+        # Eq. A.4 (Sec. 4.2): f = ReLU(W_enc h + b_enc)
+        # Eq. D.3 (Sec. 4): e = ReLU(W_enc [z_1; ...; z_K] + b_enc)
+        pre = h @ self.W_enc + self.b_enc                                 # (..., F)
         return topk(pre, self.cfg.k) if self.cfg.activation == "topk" else F.relu(pre)
 
     def temporal(self, x, mask=None):
-        """The temporal stage: raw activations (B, T, D) -> what the encoder reads, (B, T, D or K D), fp32."""
+        """Raw activations (B, T, D) -> what the encoder reads (B, T, D or K D), fp32."""
         x = self.pad(x, mask)                                             # (B, T + 2R, D)
         if self.cfg.variant == "unlearning":
-            # Eq. D.2 (Sec. 4): z_k = LayerNorm(C_{r_k}(h)); the encoder reads [z_1; ...; z_K]
+            # Eq. D.2 (Sec. 4): z_k = LayerNorm(C_{r_k}(h))
             z = F.layer_norm(self.branches(x), x.shape[-1:])              # (B, T, K, D)
             return torch.addcmul(self.ln_bias, z, self.ln_weight).flatten(2)
         # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}; Sec. 4.2: h = mean_i h_i
         if self.cfg.batch_norm == "branch":                               # AMBIGUOUS A1
-            token = x[:, self.origin:][:, :x.shape[1] - 2 * max(self.rates), None]   # (B, T, 1, D)
-            return self.bn(self.branches(x) + token, mask).mean(2)
-        h = DilatedFilter.apply(x, *merge_branches(self.kernels, self.starts, self.origin), 2 * max(self.rates))
+            token = x[:, self.origin:][:, :x.shape[1] - self.extra]       # (B, T, D)
+            return self.bn(self.branches(x) + token[:, :, None], mask).mean(2)
+        weights, starts = merge_branches(self.kernels, self.starts, self.origin)
+        h = DilatedFilter.apply(x, weights, starts, self.extra)           # (B, T, D)
         return h if self.cfg.batch_norm == "off" else self.bn(h, mask)
 
     def branches(self, x):
-        """The K convolutions C_{r_k} of padded sequences (B, T + 2R, D) -> (B, T, K, D)."""
-        R = max(self.rates)
-        return torch.stack([DilatedFilter.apply(x, w, starts, 2 * R) for w, starts in zip(self.kernels, self.starts)], 2)
+        """The K convolutions C_{r_k} of padded sequences: (B, T + 2R, D) -> (B, T, K, D)."""
+        each = zip(self.kernels, self.starts)
+        return torch.stack([DilatedFilter.apply(x, w, starts, self.extra) for w, starts in each], 2)
 
     def pad(self, x, mask=None):
-        """Raw activations (B, T, D) -> centred, filled and padded by 2R tokens (B, T + 2R, D), fp32."""
+        """Raw activations (B, T, D) -> scaled, filled, padded by 2R tokens (B, T + 2R, D), fp32."""
         if x.dim() != 3:
-            raise ValueError(f"an MTSAE encodes sequences (B, T, D), since positions mix; not {tuple(x.shape)}")
+            raise ValueError(f"an MTSAE encodes sequences (B, T, D), since positions mix; not "
+                             f"{tuple(x.shape)}")
         x = x.float() / self.scale - self.mean                            # fp32: filters and norms
         if mask is not None:
             x = fill_masked(x, mask)
         T, R = x.shape[1], max(self.rates)
         if self.causal:
-            x = F.pad(x, (0, 0, 2 * R, 0))                                # before the text: the mean activation
+            x = F.pad(x, (0, 0, 2 * R, 0))                                # zero is the mean
         else:
-            # Sec. A.4.4: circular padding of sequences of T = 128; shorter ones repeat their last token first
-            length = max(T, self.cfg.T)
-            x = x.index_select(1, (torch.arange(-R, T + R, device=x.device) % length).clamp(max=T - 1))
+            # Sec. A.4.4: circular padding of T = 128 tokens; shorter sequences repeat their last
+            # token up to that length first
+            index = torch.arange(-R, T + R, device=x.device) % max(T, self.cfg.T)
+            x = x.index_select(1, index.clamp(max=T - 1))
         return x if self.cfg.center else x + self.mean                    # DEVIATION D1
 
 
@@ -289,48 +314,50 @@ def parse_rates(text):
     except ValueError:
         rates = [0]
     if min(rates) < 1:
-        raise common.UserError(f"--rates takes dilation rates from 1, such as 1,4,16; not {text!r}.")
+        raise common.UserError(f"--rates takes dilation rates from 1 on, as 1,4,16; not {text!r}.")
     return rates
 
 
 def fill_masked(x, mask):
-    """Tokens that do not count, as the convolutions read them: x (B, T, D) centred, mask (B, T) -> (B, T, D).
+    """What the convolutions read at tokens that do not count: centred x (B, T, D) -> (B, T, D).
 
-    0, the mean activation, between scored tokens (attention sinks, special tokens); behind the last scored
-    token (padding of a short sequence) that token again: Sec. A.4.4's replication padding.   UNSPECIFIED U7
+    0, the mean activation, between scored tokens (attention sinks, special tokens); behind the last
+    scored token (padding of a short sequence) that token again: replication padding (Sec. A.4.4).
     """
+    # UNSPECIFIED U7
     T = x.shape[1]
     position = torch.arange(T, device=x.device)
-    last = (mask * (position + 1)).amax(1, keepdim=True) - 1              # (B, 1), -1 where nothing is scored
+    last = (mask * (position + 1)).amax(1, keepdim=True) - 1              # (B, 1), -1 for none
     source = torch.minimum(position, last.clamp(min=0))                   # (B, T)
     x = x.flatten(0, 1)[source + T * torch.arange(len(x), device=x.device)[:, None]]
     return torch.where(mask.gather(1, source)[..., None], x, 0.0)
 
 
 def merge_branches(kernels, starts, origin):
-    """mean_i (Conv_i + identity) as one sparse filter: kernels (K, 3, D) -> weights (J, D), its rows' starts.
+    """mean_i (Conv_i + identity) as one filter: kernels (K, 3, D) -> weights (J, D), J starts.
 
-    Convolutions are linear, so their mean and the residual are one filter. With rates 1, 4, 16 it has J = 7 taps,
-    at -16, -4, -1, 0, 1, 4, 16, and one pass over the activations replaces four.
+    Convolutions are linear, so their mean and the residual are one filter. With rates 1, 4, 16 it
+    has J = 7 taps, at -16, -4, -1, 0, 1, 4, 16, and one pass over the activations replaces four.
     """
     union = sorted({start for branch in starts for start in branch} | {origin})
-    index = torch.tensor([union.index(start) for branch in starts for start in branch], device=kernels.device)
+    index = [union.index(start) for branch in starts for start in branch]
+    index = torch.tensor(index, device=kernels.device)                    # (3 K,)
     weights = torch.zeros(len(union), kernels.shape[-1], device=kernels.device)
     weights[union.index(origin)] = 1.0                                    # the residual
     return weights.index_add(0, index, kernels.flatten(0, 1) / len(starts)), union
 
 
 class DilatedFilter(torch.autograd.Function):
-    """y_t = sum_j w_j * x_{t + start_j}, channel by channel: x (B, T + cut, D), w (J, D) -> y (B, T, D).
+    """y_t = sum_j w_j * x_{t + start_j}, per channel: x (B, T + extra, D), w (J, D) -> (B, T, D).
 
-    Shifted slices of x in place: with J = 7 twice as fast as a grouped convolution on a CPU, 8 times in the
-    backward pass, and without its transposition to (B, D, T).
+    Shifted slices of x, added up in place. On a CPU with J = 7 forward and backward take 4 ms where
+    one grouped convolution takes 36 and autograd through the same slices 11 (B = 16, D = 576).
     """
 
     @staticmethod
-    def forward(ctx, x, w, starts, cut):
+    def forward(ctx, x, w, starts, extra):
         ctx.save_for_backward(x, w)
-        ctx.starts, T = starts, x.shape[1] - cut
+        ctx.starts, T = starts, x.shape[1] - extra
         y = x[:, starts[0]:starts[0] + T] * w[0]
         for start, tap in zip(starts[1:], w[1:]):
             y.addcmul_(x[:, start:start + T], tap)
@@ -342,7 +369,7 @@ class DilatedFilter(torch.autograd.Function):
         slices = [slice(start, start + grad.shape[1]) for start in ctx.starts]
         grad_w = torch.stack([(grad * x[:, part]).sum((0, 1)) for part in slices])
         grad_x = None
-        if ctx.needs_input_grad[0]:                                       # never in training: x is data
+        if ctx.needs_input_grad[0]:                                       # not in training
             grad_x = torch.zeros_like(x)
             for part, tap in zip(slices, w):
                 grad_x[:, part].addcmul_(grad, tap)
@@ -362,14 +389,15 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("updates", torch.zeros(()))
 
     def forward(self, h, mask=None):
-        """h (B, T, *shape), mask (B, T) -> the same shape, mean 0 and variance 1 per channel before the affine."""
+        """h (B, T, *shape), mask (B, T) -> the same shape, standardised by channel, affine."""
         mean, var = self.running_mean, self.running_var
         if self.training:                                                 # DEVIATION D4
-            m = h.new_ones(1, h.shape[0] * h.shape[1]) if mask is None else mask.reshape(1, -1).float()
+            m = h.new_ones(h.shape[:2]) if mask is None else mask.float()
+            m = m.reshape(1, -1)                                          # (1, B T)
             n = common.total(m.sum())
             first, second = Moments.apply(h.reshape(m.shape[1], -1), m).view(2, *mean.shape) / n
             mean, var = first, second - first.square()
-            with torch.no_grad():                                         # average of all at first, then an EMA
+            with torch.no_grad():                                         # a plain mean, then EMA
                 self.updates.add_(1)
                 rate = (1 / self.updates).clamp(min=self.momentum)
                 self.running_mean.lerp_(mean, rate)
@@ -390,7 +418,7 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, m = ctx.saved_tensors
-        first, second = common.total(grad.contiguous())                   # every process's loss depends on the sums
+        first, second = common.total(grad.contiguous())                   # used in all processes
         return torch.addcmul(first, h, 2 * second).mul_(m.t()), None
 
 
@@ -421,25 +449,28 @@ def remove_parallel_gradient(sae):
 # ---------------------------------------------------------------------------------------------
 
 
-# DIFFERS FROM tsae.py:losses - coherence or separation instead of lags; n also counts pairs; fires for resampling
+# DIFFERS FROM tsae.py:losses - coherence or separation instead of lags; n also counts pairs
 def losses(sae, x, mask, n, step, cfg):
     """Terms of Eq. A.6 or D.4, already weighted; their sum is the loss. fp32 throughout.
 
-    x (B, T, D) raw, mask (B, T), n (2,) numbers of scored tokens and of scored neighbours in the whole batch.
-    Reductions: reconstruction sums over D (norm: the root of that sum, token by token), sparsity sums over F,
-    separation averages over ordered pairs of branches; these are averaged over scored tokens.
-    Coherence: cosine over F, averaged over scored pairs of neighbours. See AMBIGUOUS A2.
+    x (B, T, D) raw, mask (B, T), n (2,) numbers of scored tokens and of scored pairs of neighbours
+    in the whole (global) batch. Reductions: reconstruction sums over D (norm: the root of that sum,
+    token by token), sparsity sums over F, separation averages over ordered pairs of branches; these
+    three are averaged over scored tokens. Coherence: cosine over F, averaged over scored pairs.
     """
+    # AMBIGUOUS A2
     tokens, pairs = n[0], n[1].clamp(min=1)
     h = sae.temporal(x, mask)                                             # (B, T, D or K D)
     f = sae.features(h)
-    error = (sae.decode(f).float() - x.float()) / sae.scale * mask[..., None]   # (B, T, D), mean norm of x: sqrt(D)
+    # (B, T, D), mean norm of x: sqrt(D)
+    error = (sae.decode(f).float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
     square = error.pow(2).sum(-1)                                         # (B, T), 0 where masked
-    mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)                  # (1, F): sum over tokens; f >= 0
-    stats = {"error": square.sum() / tokens, "active": (f.detach().sign().sum(-1) * mask).sum() / tokens,
-             "fires": mass[0]}                                            # logged, not part of the loss
-    if cfg.recon_reduction == "mean":                                     # ABLATION: fact 3's collapse
+    mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)                  # (1, F) sums of f >= 0
+    # logged, not part of the loss; fires goes to resampling
+    stats = {"error": square.sum() / tokens, "fires": mass[0],
+             "active": (f.detach().sign().sum(-1) * mask).sum() / tokens}
+    if cfg.recon_reduction == "mean":                                     # ABLATION: the collapse
         square = square / x.shape[-1]
     # Eq. A.6: 2.0 ||A - g(f)||_2^2   Eq. D.1, D.4: ||h - h_hat||_2, the norm
     recon = square if cfg.recon == "squared" else square.clamp(min=1e-12).sqrt() * mask
@@ -463,12 +494,12 @@ def neighbours(mask):
 
 
 class NeighbourCosine(torch.autograd.Function):
-    """Sum over scored pairs of cos(f_t, f_{t+1}) over the last axis: f (B, T, F), pair (B, T - 1) -> ().
+    """Sum over scored pairs of cos(f_t, f_{t+1}): f (B, T, F), pair (B, T - 1) -> ().
 
-    The gradient in closed form, with a_t = 1 / (|f_t| |f_{t+1}|) on scored pairs and c_t = cos(f_t, f_{t+1}):
+    The gradient in closed form, c_t the cosine of pair (t, t+1) and a_t = 1 / (|f_t| |f_{t+1}|):
         d/df_t = a_{t-1} f_{t-1} + a_t f_{t+1} - (c_{t-1} + c_t) / |f_t|^2 f_t,
-    3 passes over the features, 5 times as fast as autograd through F.cosine_similarity. A token without
-    active features has cosine 0 and no gradient.
+    3 passes over the features, 5 times as fast as autograd through F.cosine_similarity. A token
+    without active features has cosine 0 and no gradient.
     """
 
     @staticmethod
@@ -491,10 +522,11 @@ class NeighbourCosine(torch.autograd.Function):
 
 
 class Separation(torch.autograd.Function):
-    """1/(K(K-1)) sum_{i != j} max(0, cos(z_i, z_j)), summed over scored tokens: z (B, T, K, D), mask (B, T) -> ().
+    """Mean over i != j of max(0, cos(z_i, z_j)), summed over scored tokens: z (B, T, K, D) -> ().
 
-    All pairs from one K x K Gram matrix a token. The gradient is another K x K matrix times z: off the diagonal
-    2 / (|z_i| |z_j|) where the cosine is positive, on it minus the sum of 2 max(0, cos) / |z_i|^2.
+    All pairs from one K x K Gram matrix a token. The gradient is another K x K matrix times z: off
+    the diagonal 2 / (|z_i| |z_j|) where the cosine is positive, on it minus the sum over j of
+    2 max(0, cos(z_i, z_j)) / |z_i|^2.
     """
 
     @staticmethod
@@ -506,8 +538,8 @@ class Separation(torch.autograd.Function):
         weight = mask[..., None, None] * (1 - torch.eye(K, device=z.device)) / max(1, K * (K - 1))
         scale = inverse[..., None] * inverse[..., None, :]
         cosine = F.relu(gram * scale) * weight
-        slope = 2 * (gram > 0) * scale * weight - torch.diag_embed(2 * cosine.sum(-1) * inverse.square())
-        ctx.save_for_backward(z, slope)
+        own = cosine.sum(-1) * inverse.square()                           # (B, T, K)
+        ctx.save_for_backward(z, 2 * ((gram > 0) * scale * weight - torch.diag_embed(own)))
         return cosine.sum()
 
     @staticmethod
@@ -523,30 +555,33 @@ class Separation(torch.autograd.Function):
 
 # DIFFERS FROM tsae.py:lr_factor - paper D's cosine needs the last step
 def lr_factor(step, cfg, total):
-    """Learning-rate multiplier of `step` of `total`: warm-up, then 1 (Sec. A.4.3) or a cosine to 0 (Sec. D.4)."""
+    """Learning-rate multiplier: warm-up, then 1 (Sec. A.4.3) or a cosine to 0 at `total` (D.4)."""
     warm = min(1.0, (step + 1) / max(1, cfg.lr_warmup))
     if cfg.schedule == "cosine-warmup":                                   # AMBIGUOUS A3
         return 0.5 * (1 - math.cos(math.pi * warm))
     if cfg.schedule == "cosine" and step >= cfg.lr_warmup:
-        return 0.5 * (1 + math.cos(math.pi * (step - cfg.lr_warmup) / max(1, total - cfg.lr_warmup)))
+        done = (step - cfg.lr_warmup) / max(1, total - cfg.lr_warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
     return warm
 
 
 def resample_due(step, cfg):
-    """Sec. A.4.3: every 1000 steps; never at the last step of a run of a multiple of that."""
+    """Sec. A.4.3: at step 1000, 2000, ...; a run of 4000 steps does not end on a resampling."""
     return cfg.resample_every > 0 and step > 0 and step % cfg.resample_every == 0
 
 
 @torch.no_grad()
 def resample(sae, opt, batch, step, cfg):
-    """Sec. A.4.3: neurons inactive for more than 500 steps restart from inputs with high reconstruction error.
+    """Sec. A.4.3: neurons silent for more than 500 steps restart from inputs of high error.
 
-    The draw is over the whole batch, the same in every process and for any number of them.   UNSPECIFIED U2
+    The draw is over the whole batch, the same in every process and for any number of them. AdamW's
+    moments of these rows and columns go back to 0.
     """
+    # UNSPECIFIED U2
     dead = (sae.inactive > cfg.dead_after).nonzero()[:, 0]
     if len(dead) == 0:
         return
-    sae.eval()                                                            # running statistics, and left alone
+    sae.eval()                                                            # running statistics
     seen, errors = [], []
     for x, mask in batch:
         h = sae.temporal(x, mask)
@@ -557,7 +592,8 @@ def resample(sae, opt, batch, step, cfg):
     sae.train()
     error, seen = torch.cat(errors), torch.cat(seen)
     size, T, D = common.world(), error.shape[1], sae.b_dec.shape[0]
-    weight = error.new_zeros(-(-cfg.batch_size // size), size, T)         # sequence i lies on process i % size
+    # sequence i of the whole batch lies on process i % size
+    weight = error.new_zeros(-(-cfg.batch_size // size), size, T)
     weight[:len(error), common.rank()] = error
     weight = common.total(weight).flatten()
     gen = common.generator(cfg.seed, f"resample{step}", weight.device)
@@ -595,13 +631,15 @@ def train(cfg, acts):
         sae.scale.fill_(acts.scale)                                       # DEVIATION D1
         sae.b_dec.copy_(acts.mean / acts.scale)
         sae.mean.copy_(sae.b_dec)
-    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.weight_decay)   # U5
+    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
+                            weight_decay=cfg.weight_decay)                # UNSPECIFIED U3, U5
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
-        batch = acts.batch(step)                                          # [(x (B, T, D), mask (B, T))]
-        n = common.total(sum(torch.stack([m.sum(), neighbours(m).sum()]) for _, m in batch))   # all processes
+        batch = acts.batch(step)   # [(x (B, T, D), mask (B, T))]
+        n = sum(torch.stack([mask.sum(), neighbours(mask).sum()]) for _, mask in batch)
+        n = common.total(n)                                               # scored tokens and pairs
         opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg, run.total)
         opt.zero_grad()
         # 2. forward and losses   3. backward
@@ -615,7 +653,7 @@ def train(cfg, acts):
         fires = common.total(sums.pop("fires")) > 0                       # (F,)
         statistics = monitor(sae, batch, fires, n) if run.log_due(step) else {}
         # 4. constrain the gradient
-        remove_parallel_gradient(sae)
+        remove_parallel_gradient(sae)                                     # DEVIATION D2
         if step == 0:
             common.assert_gradients(sae, sums)
         # 5. step   6. renormalise
@@ -635,9 +673,9 @@ def train(cfg, acts):
 
 @torch.no_grad()
 def monitor(sae, batch, fires, n):
-    """Sec. D.5, on log steps: gradient norm, convolution statistics (Table D.1), activation patterns.
+    """Sec. D.5, on log steps: gradient norm, convolution statistics (Table 1), activation patterns.
 
-    Returns grad_norm (of the whole loss, before anything is projected), conv_mean_r and conv_std_r of each
+    Returns grad_norm (of the whole loss, before the projection), conv_mean_r and conv_std_r of each
     branch, alive (share of the features active in this batch), resampled (share ever resampled).
     """
     out = {"grad_norm": nn.utils.get_total_norm([p.grad for p in sae.parameters()])}
@@ -647,16 +685,18 @@ def monitor(sae, batch, fires, n):
 
 @torch.no_grad()
 def branch_statistics(sae, batches, total=common.total):
-    """Mean and deviation of each convolution's output over scored tokens and channels, in raw units (A5)."""
+    """Mean and deviation of each convolution's output over scored tokens and channels, raw."""
+    # AMBIGUOUS A5
     sums = 0.0
     for x, mask in batches:
-        y = sae.branches(sae.pad(x, mask))[mask] * sae.scale              # (n, K, D)
-        sums = sums + torch.stack([y.double().sum((0, 2)), y.double().square().sum((0, 2)),
-                                   torch.full_like(y[0, :, 0], y.shape[0] * y.shape[2], dtype=torch.float64)])
+        y = (sae.branches(sae.pad(x, mask))[mask] * sae.scale).double()   # (n, K, D)
+        ones = torch.ones_like(y)
+        sums = sums + torch.stack([v.sum((0, 2)) for v in (y, y.square(), ones)])
     first, square, count = total(sums)                                    # (K,) each
     mean = first / count
     std = (square / count - mean.square()).clamp(min=0).sqrt()
-    return {f"{name}_{r}": v for name, values in (("mean", mean), ("std", std)) for r, v in zip(sae.rates, values)}
+    both = {"mean": mean, "std": std}
+    return {f"{name}_{r}": v for name in both for r, v in zip(sae.rates, both[name])}
 
 
 @torch.no_grad()
@@ -666,15 +706,16 @@ def extra_metrics(sae, acts):
            "resampling": {"features": (sae.resampled > 0).double().mean().item(),
                           "events": sae.resampled.sum().item()}}
     if sae.cfg.variant == "unlearning":
-        out["branches"] = {k: v.item() for k, v in branch_statistics(sae, acts.heldout(), torch.clone).items()}
+        here = branch_statistics(sae, acts.heldout(), torch.clone)        # one process evaluates
+        out["branches"] = {name: value.item() for name, value in here.items()}
     return out
 
 
 def mixing(sae, acts):
     """How far tokens reach, and with what weight.
 
-    reach: the largest distance at which a change of one token changes a code, found by trying (one held-out window,
-    its middle token). neighbours: share of the kernels' energy on other tokens than the encoded one.
+    reach: the largest distance at which a change of one token changes a code, found by trying (the
+    middle token of a held-out window). neighbours: share of the kernels' energy on other tokens.
     """
     x, _ = next(acts.heldout(1))
     middle = x.shape[1] // 2

@@ -98,7 +98,7 @@ class Config:
     min_variance: float = 0.01      # features with less variance are excluded (Sec. 4.1)
     layer_norm: str = "pre"         # LayerNorm on feature activations: pre, post, off (A4)   ABLATION
     # schedule
-    steps: int = 4000               # optimiser steps; 0 = one pass over the tokens (U5)
+    steps: int = 4000               # optimiser steps; 0 = one pass over the tokens (UNSPECIFIED U5)
     batch_size: int = 16            # sequences per step (A5: 2048 tokens)
     micro_batch: int = 0            # sequences per forward pass; 0 = the whole batch (ours)
     lr: float = 3e-4                # AdamW (Sec. 4.3)
@@ -255,6 +255,7 @@ def losses(sae, x, mask, n, step, cfg):
     # (B, T, D), mean norm of x: sqrt(D)
     error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
+    # "adaptive feature gating" (Sec. 4) would belong here if the paper defined it       UNSPECIFIED U3
     # Eq. 1, 2: L = w(t) L_recon + lambda_1 L_sparsity + sum_s lambda_s L_s
     recon = error.pow(2).sum() / n
     # logged, not part of the loss
