@@ -212,6 +212,8 @@ def apply_presets(cfg, given, laptop, variants):
         sizes = dict(laptop.get(name, laptop))
         if cfg.model == "synthetic":
             sizes.update(SYNTHETIC_PRESET, **laptop.get(f"{name} synthetic", {}))
+        if "model" in given:                              # the preset's layer belongs to the preset's model
+            sizes.pop("layer", None)
         changed = [(k, getattr(cfg, k), v) for k, v in sizes.items() if k not in given and getattr(cfg, k) != v]
         for key, _, value in changed:
             setattr(cfg, key, value)
@@ -1445,7 +1447,7 @@ def temporal(sae, acts, max_lag=64):
     """Smoothness of the features over tokens, on held-out windows.
 
     neighbour_cosine: mean cosine of the codes of adjacent scored tokens. total_variation: mean over adjacent
-    pairs of sum_f |f_{t+1} - f_t| over the mean of sum_f f_t (0 = constant, 2 = never twice the same feature).
+    pairs of sum_f |f_{t+1} - f_t| over the mean of sum_f |f_t| (0 = constant, 2 = never twice the same feature).
     autocorrelation: for each lag, sum over features of the autocovariance of f over the sum of variances.
     span: mean length in tokens of a stretch during which a feature stays on (runs cut at masked tokens).
     """
@@ -1460,7 +1462,7 @@ def temporal(sae, acts, max_lag=64):
         cosine += F.cosine_similarity(now, then, dim=-1).double().sum().item()
         variation += (then - now).abs().double().sum().item()
         pairs, tokens = pairs + len(now), tokens + mask.sum().item()
-        mass += f.double().sum().item()
+        mass += f.double().abs().sum().item()
         active = f > 0
         begins = active[:, 1:] & ~active[:, :-1]
         stretches += active[:, 0].sum().item() + begins.sum().item()

@@ -178,7 +178,7 @@ CHOICES = dict(variant=tuple(VARIANTS), activation=("relu", "topk"), padding=("c
                recon_reduction=("sum", "mean"), schedule=("constant", "cosine", "cosine-warmup"))
 PAPER = {  # metric -> what the paper reports
     "extraction": {
-        "core.sparsity_inactive": "0.50 (Sec. 6.1)", "mixing.reach": "128 (abstract)",
+        "core.inactive": "0.50 (Sec. 6.1)", "mixing.reach": "128 (abstract)",
         "resampling.features": "0.15 (Sec. 6.3)"},
     "unlearning": {
         "core.EV": "-0.785 (Sec. 6.2)", "core.MSE": "47.25 (as 'L2 loss')", "core.L0": "0.0",
@@ -413,7 +413,8 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, m):
         ctx.save_for_backward(h, m)
-        return common.total(torch.cat([m @ h, m @ h.square()]))
+        with torch.autocast(h.device.type, enabled=False):                # fp32: sums over tokens
+            return common.total(torch.cat([m @ h, m @ h.square()]))
 
     @staticmethod
     def backward(ctx, grad):
@@ -466,7 +467,8 @@ def losses(sae, x, mask, n, step, cfg):
     error = (sae.decode(f).float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
     square = error.pow(2).sum(-1)                                         # (B, T), 0 where masked
-    mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)                  # (1, F) sums of f >= 0
+    with torch.autocast(f.device.type, enabled=False):                    # fp32: sums over tokens
+        mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)              # (1, F), f >= 0
     # logged, not part of the loss; fires goes to resampling
     stats = {"error": square.sum() / tokens, "fires": mass[0],
              "active": (f.detach().sign().sum(-1) * mask).sum() / tokens}
@@ -605,9 +607,9 @@ def resample(sae, opt, batch, step, cfg):
     new[mine] = seen[sequence[mine] // size, token[mine]]
     new = common.total(new)
     alive = sae.inactive <= cfg.dead_after
-    size_enc = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else 1.0
+    length = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else 1.0
     sae.W_dec[dead] = F.normalize(new[:, :D], dim=1)
-    sae.W_enc[:, dead] = 0.2 * size_enc * F.normalize(new[:, D:], dim=1).t()
+    sae.W_enc[:, dead] = 0.2 * length * F.normalize(new[:, D:], dim=1).t()
     sae.b_enc[dead] = 0.0
     for p, rows in ((sae.W_enc, (slice(None), dead)), (sae.b_enc, dead), (sae.W_dec, dead)):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -651,7 +653,7 @@ def train(cfg, acts):
             common.accumulate(sums, terms, **stats)
         common.sum_gradients(sae)                                         # across processes
         fires = common.total(sums.pop("fires")) > 0                       # (F,)
-        statistics = monitor(sae, batch, fires, n) if run.log_due(step) else {}
+        statistics = monitor(sae, batch, fires) if run.log_due(step) else {}
         # 4. constrain the gradient
         remove_parallel_gradient(sae)                                     # DEVIATION D2
         if step == 0:
@@ -672,7 +674,7 @@ def train(cfg, acts):
 
 
 @torch.no_grad()
-def monitor(sae, batch, fires, n):
+def monitor(sae, batch, fires):
     """Sec. D.5, on log steps: gradient norm, convolution statistics (Table 1), activation patterns.
 
     Returns grad_norm (of the whole loss, before the projection), conv_mean_r and conv_std_r of each
