@@ -180,7 +180,8 @@ def test_core_metrics_by_hand():
 
 def test_core_metrics_do_not_depend_on_batches():
     gen = torch.Generator().manual_seed(0)
-    x, x_hat, f = torch.randn(6, 8, 5, generator=gen), torch.randn(6, 8, 5, generator=gen), torch.rand(6, 8, 7, generator=gen)
+    x, x_hat = torch.randn(6, 8, 5, generator=gen), torch.randn(6, 8, 5, generator=gen)
+    f = torch.rand(6, 8, 7, generator=gen)
     mask = torch.rand(6, 8, generator=gen) > 0.2
     whole = common.core_metrics([(x, x_hat, f, mask)])
     parts = common.core_metrics([(x[i:i + 2], x_hat[i:i + 2], f[i:i + 2], mask[i:i + 2]) for i in (0, 2, 4)])
@@ -3056,7 +3057,7 @@ def test_hygiene_lines_and_words():
     for path in sorted(HERE.glob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             config_field = re.match(r"    \w+: (int|float|str|bool) = ", line)     # its comment is --help's text
-            limit = 125 if config_field or path.stem not in SCRIPTS else 100
+            limit = 140 if path.stem not in SCRIPTS else 120 if config_field else 100
             assert len(line) <= limit, f"{path.name}:{number} has {len(line)} columns"
             assert not re.match(r"\s*except\s*:", line), f"{path.name}:{number}: bare except"
 

@@ -442,7 +442,7 @@ def transitions(sae, acts, folder=None):
         windows += len(x)
     live = on > 0
     p_stay, p_on = stay / on.clamp(min=1), start / off.clamp(min=1)       # (F,)
-    if folder is not None and live.any():
+    if folder is not None and (on >= 20).any():
         draw_transitions(folder / "transitions.png", sae, acts, p_stay.masked_fill(on < 20, -1.0))
     return {"transitions": {"p_stay": p_stay[live].mean().item(), "p_on": p_on[live].mean().item(),
                             "variance": variance / windows}}
