@@ -255,7 +255,7 @@ def losses(sae, x, mask, n, step, cfg):
     # (B, T, D), mean norm of x: sqrt(D)
     error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
-    # "adaptive feature gating" (Sec. 4) would stand here, were it defined             UNSPECIFIED U3
+    # "adaptive feature gating" (Sec. 4) would stand here, were it defined            UNSPECIFIED U3
     # Eq. 1, 2: L = w(t) L_recon + lambda_1 L_sparsity + sum_s lambda_s L_s
     recon = error.pow(2).sum() / n
     # logged, not part of the loss

@@ -115,11 +115,11 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--expansions", default="1,4")
     parser.add_argument("--dtypes", default="float32")
-    parser.add_argument("--cases", default="", help="only cases whose label holds this text")
+    parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
     args = parser.parse_args()
     lm = common.load_lm("auto", common.pick_device(), "auto")
     tokens = torch.randint(0, 1000, (8, 129), device=lm.device)
-    cases = {k: v for k, v in CASES.items() if args.cases in k and (HERE / f"{v[0]}.py").exists()}
+    cases = {k: v for k, v in CASES.items() if any(text in k for text in args.cases.split(","))}
     rows = {}
     for repeat in range(args.repeats):                       # interleaved: every case once a repeat
         start = time.perf_counter()
