@@ -56,7 +56,7 @@ class Stopwatch:
     current = None
 
     def __init__(self, *args):
-        self.acts, self.seconds, self.dir = args[3], [], None
+        self.acts, self.seconds, self.dir, self.total = args[3], [], None, args[3].steps
         Stopwatch.current = self
 
     def steps(self):
