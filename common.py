@@ -1428,16 +1428,19 @@ def splice_metrics(sae, acts, n_windows=16, batch=4):
     (SAEBench). With a non-causal SAE the reconstruction carries later tokens and the scores are leakage.
     """
     lm, store, sums = acts.lm, acts.heldout_store, {}
+    resume = resume_from(lm, acts.layer, store.tokens[:1].long().to(lm.device))
     for rows in torch.arange(min(n_windows, store.N)).split(batch):
         tokens = store.tokens[rows].long().to(lm.device)
         mask = store.get(rows, lm.device)[1]
         counted = torch.arange(tokens.shape[1], device=lm.device) <= store.lengths[rows, None].to(lm.device)
-
-        def logits(edit):
-            with intervene(lm, acts.layer, edit):
-                return lm.model(input_ids=tokens, use_cache=False).logits
-        part = splice_sums(logits(lambda h: h), logits(reconstruct_edit(sae, mask)), logits(torch.zeros_like), tokens,
-                           F.pad(mask, (1, 0)), counted)
+        states = []
+        with intervene(lm, acts.layer, lambda h: states.append(h) or h):
+            original = lm.model(input_ids=tokens, use_cache=False).logits
+        logits = []
+        for h in (reconstruct_edit(sae, mask)(states[0]), torch.zeros_like(states[0])):
+            with resume(h):                                # the blocks below need not run again
+                logits.append(lm.model(input_ids=tokens, use_cache=False).logits)
+        part = splice_sums(original, *logits, tokens, F.pad(mask, (1, 0)), counted)
         sums = {name: sums.get(name, 0) + value for name, value in part.items()}
     return {**splice_scores(sums), "ce_tokens": sums["ce_tokens"]}
 
@@ -1450,13 +1453,19 @@ def temporal(sae, acts, max_lag=64):
     pairs of sum_f |f_{t+1} - f_t| over the mean of sum_f |f_t| (0 = constant, 2 = never twice the same feature).
     autocorrelation: for each lag, sum over features of the autocovariance of f over the sum of variances.
     span: mean length in tokens of a stretch during which a feature stays on (runs cut at masked tokens).
+    EV_by_scale, variance_share: explained variance of what changes in x between neighbouring blocks of 1, 2, 4 ...
+    tokens and of the window's mean, and the share of the variance in each (time_scales); EV is their mean by share.
     """
     lags = [lag for lag in (1, 2, 4, 8, 16, 32, 64) if lag <= min(max_lag, acts.T - 1)]
+    scales = torch.zeros(2, 1 + (acts.T - 1).bit_length(), dtype=torch.float64)
     cosine = variation = pairs = mass = tokens = stretches = on = 0.0
     moments = {lag: [0.0, 0.0, 0.0, 0] for lag in lags}
-    total_sum = total_square = 0.0
+    total_sum = total_square = x_sum = 0.0
     for x, mask in acts.heldout():
-        f = sae.encode(x, mask).float() * mask[..., None]
+        x_hat, f = sae(x, mask)
+        scales += torch.stack([time_scales(x, mask), time_scales(x - x_hat.float(), mask)])
+        x_sum = x_sum + (x.double() * mask[..., None]).sum((0, 1)).cpu()
+        f = f.float() * mask[..., None]
         both = mask[:, 1:] & mask[:, :-1]
         now, then = f[:, :-1][both], f[:, 1:][both]
         cosine += F.cosine_similarity(now, then, dim=-1).double().sum().item()
@@ -1480,8 +1489,31 @@ def temporal(sae, acts, max_lag=64):
     for lag, (ab, a, b, count) in moments.items():
         covariance = ab / count - (mean * (a + b)).sum() / count + mean.pow(2).sum()
         auto[str(lag)] = (covariance / variance).item() if variance > 0 else 0.0
+    scales[0, -1] -= x_sum.square().sum() / tokens                        # about the mean, as EV
+    blocks = [str(2 ** i) for i in range(scales.shape[1] - 1)] + ["mean"]
     return {"neighbour_cosine": cosine / pairs, "total_variation": variation / pairs / max(mass / tokens, 1e-12),
-            "span": on / max(stretches, 1), "autocorrelation": auto}
+            "span": on / max(stretches, 1), "autocorrelation": auto,
+            "EV_by_scale": dict(zip(blocks, (1 - scales[1] / scales[0]).tolist())),
+            "variance_share": dict(zip(blocks, (scales[0] / scales[0].sum()).tolist()))}
+
+
+def time_scales(x, mask):
+    """Energy of x (B, T, D) over scored tokens by time scale, on the CPU: (1 + ceil(log2 T),), sum = sum ||x||^2.
+
+    A Haar decomposition: with m_b the mean over the scored tokens of blocks of b tokens, entry i is the energy of
+    m_{2^i} - m_{2^(i+1)} (what changes between neighbouring blocks of 2^i tokens; m_1 = x), the last one that of
+    the window's mean. The parts are orthogonal, masked tokens or not.
+    """
+    B, T, D = x.shape
+    levels = (T - 1).bit_length()
+    x = F.pad(x.double() * mask[..., None], (0, 0, 0, 2 ** levels - T))   # (B, 2^levels, D) sums
+    count = F.pad(mask.double(), (0, 2 ** levels - T))                    # (B, 2^levels) scored tokens
+    energy = [(x.square().sum(-1) / count.clamp(min=1)).sum()]            # ||m_b||^2, each block by its tokens
+    for _ in range(levels):
+        x, count = x.unflatten(1, (-1, 2)).sum(2), count.unflatten(1, (-1, 2)).sum(2)
+        energy.append((x.square().sum(-1) / count.clamp(min=1)).sum())
+    energy = torch.stack(energy)
+    return torch.cat([energy[:-1] - energy[1:], energy[-1:]]).cpu()
 
 
 class ZeroSAE(torch.nn.Module):

@@ -248,8 +248,8 @@ def test_max_cosine_in_blocks():
 
 def test_temporal_metrics_by_hand():
     class Passthrough(nn.Module):
-        def encode(self, x, mask=None):
-            return x
+        def forward(self, x, mask=None):
+            return x, x
 
     class Acts:
         T = 4
@@ -264,6 +264,36 @@ def test_temporal_metrics_by_hand():
     # values +-0.5 about the mean: products over lag 1 are .25, -.25, .25 a feature -> mean 1/12 over 1/4
     assert abs(m["autocorrelation"]["1"] - 1 / 3) < 1e-6
     assert abs(m["autocorrelation"]["2"] + 1.0) < 1e-6
+    # means of blocks of 2 tokens carry everything: (1, 0), (0, 1) about (.5, .5)
+    assert m["variance_share"] == {"1": 0.0, "2": 1.0, "mean": 0.0}
+
+
+def test_time_scales_add_up_to_the_explained_variance():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 21, 5, generator=gen) + 3 * torch.randn(6, 1, 5, generator=gen)
+    mask = torch.rand(6, 21, generator=gen) < 0.7
+    parts = common.time_scales(x, mask)
+    assert len(parts) == 6 and (parts > 0).all()                       # blocks of 1, 2, 4, 8, 16 tokens, the mean
+    assert torch.isclose(parts.sum(), x[mask].double().square().sum())
+    constant = torch.ones(2, 21, 5)                                    # nothing changes: all in the last part
+    assert torch.allclose(common.time_scales(constant, mask[:2])[:-1], torch.zeros(5, dtype=torch.float64))
+    ends = torch.tensor([1.0, -1.0]).repeat(8)[None, :, None]          # changes at every token: all in the first
+    assert torch.allclose(common.time_scales(ends, torch.ones(1, 16, dtype=torch.bool))[1:].sum(), torch.tensor(0.0).double())
+
+    class Shrink(nn.Module):                                           # explains a part of every scale
+        W_dec = torch.eye(5)
+
+        def forward(self, x, mask=None):
+            return 0.9 * x, x.relu()
+
+    class Acts:
+        T, mean = 21, x[mask].mean(0)
+
+        def heldout(self):
+            return iter([(x, mask)])
+    m = common.temporal(Shrink(), Acts())
+    mixed = sum(m["EV_by_scale"][k] * m["variance_share"][k] for k in m["EV_by_scale"])
+    assert abs(mixed - common.reconstruction(Shrink(), Acts())["EV"]) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,20 +1,27 @@
-"""Runs behind the README's tables: suites of (script, flags, seeds), each run once and kept.
+"""Runs behind the README's tables: suites of (script, flags, seeds, layers), each run done once and kept.
 
-    python benchmarks/experiments.py tsae [--seeds 42,43,44] [--threads 1] [--part 0/2] [--list]
-    python benchmarks/experiments.py tsae --table        # only collect what is there
+    python benchmarks/experiments.py compare             every variant and control on one activation stream
+    python benchmarks/experiments.py tsae --seeds 42     one suite, one seed
+    python benchmarks/experiments.py tsae --table        only collect what is there
+    python benchmarks/experiments.py readme              write the README's tables from results/*.json
 
-A finished run is not repeated, an interrupted one is resumed; after every run results/<suite>.json is
-written anew from the run folders below runs/<suite>/. Two processes with --part 0/2 and --part 1/2 share a
-suite (one thread each is faster than two threads on one run). The flags are the whole difference to the
-scripts' laptop preset.
+A run lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whatever suite asked for it: suites share runs. A
+finished run is not repeated (evaluations that it lacks are added), an interrupted one is resumed, and a run that
+another process works on is left to it; results/<suite>.json is written anew from the run folders. One worker
+process of one thread a core is faster than one process of several threads. The flags are the whole difference to
+the scripts' laptop preset.
 """
 import argparse
 import contextlib
+import dataclasses
+import fcntl
 import importlib
 import io
 import json
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,18 +32,39 @@ import torch
 
 import common
 
+RUNS = Path("runs/bench")
 TOPK = "--activation topk --k 32"
-FAST = "--eval reconstruction,temporal"
 PLAIN = "--layer_norm off --variance_weights off"
-HALF = f"--batch_size 2 --steps 1250 --warmup 1000 --lr_warmup 500 {FAST}"
+HALF = "--batch_size 2 --steps 1250 --warmup 1000 --lr_warmup 500"
 NO_EXTRAS = "--layer_norm off --boost 1 --grad_noise 0 --no-buffers"
+METHODS = {       # on the same activations and tokens: temporal_lens.py's own default is Shakespeare
+    "standard": ("tsae", "--no-temporal"),
+    "TSAE": ("tsae", ""),
+    "TSAE, half weights": ("tsae", f"{PLAIN} --temporal_scale 0.5"),
+    "MTSAE extraction": ("mtsae", "--steps 2500"),
+    "MTSAE unlearning": ("mtsae", "--variant unlearning --steps 2500"),
+    "TemporalLens": ("temporal_lens", "--data bundled"),
+    "hierarchical": ("hierarchical_sae", ""),
+}
+SPARSITIES = (16, 64, 256)
+
+
+@dataclasses.dataclass
+class Suite:
+    """Rows {label: (script, flags)} to run with some seeds at some layers, and what to evaluate."""
+    rows: dict
+    evals: str = "reconstruction,temporal"
+    seeds: str = "42,43,44"
+    layers: str = "19"
+    elsewhere: tuple = ()      # further (part of a label, layer), with the first seed
+
+
 SUITES = {
-    # label: (script, flags)
-    "tsae": {
+    "tsae": Suite({
         "TSAE, paper": ("tsae", ""),
         "standard, L1 0.04": ("tsae", "--no-temporal"),
-    },
-    "tsae_ablation": {          # half the batch (256 tokens a step) and half of every schedule
+    }, "core,temporal", "42,43,44,45,46"),
+    "tsae_ablation": Suite({          # half the batch (256 tokens a step) and half of every schedule
         "TSAE, paper": ("tsae", HALF),
         "  without clipping": ("tsae", f"--clip 0 {HALF}"),
         "  without boost": ("tsae", f"--boost 1 {HALF}"),
@@ -49,83 +77,173 @@ SUITES = {
         "  error averaged over D": ("tsae", f"--recon_reduction mean {HALF}"),
         "standard": ("tsae", f"--no-temporal {HALF}"),
         "standard, error averaged over D": ("tsae", f"--no-temporal --recon_reduction mean {HALF}"),
-    },
-    "tsae_l0": {
-        "TopK 32": ("tsae", f"--no-temporal {TOPK} {FAST}"),
-        "TSAE, paper's weights": ("tsae", f"{TOPK} {FAST}"),
-        "TSAE, paper's weights, no LayerNorm": ("tsae", f"{TOPK} --layer_norm off {FAST}"),
-        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} {PLAIN} {FAST}"),
-        "  x 0.5": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 0.5 {FAST}"),
-        "  x 3": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 3 {FAST}"),
-        "  x 10": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 10 {FAST}"),
-    },
-    "mtsae": {
-        "extraction": ("mtsae", ""),
-        "  rates 1,2,4": ("mtsae", f"--rates 1,2,4 {FAST}"),
-        "  causal": ("mtsae", "--padding causal"),
-        "  no batch norm": ("mtsae", f"--batch_norm off {FAST}"),
-        "  no resampling": ("mtsae", f"--resample_every 0 {FAST}"),
-        "  error averaged over D": ("mtsae", f"--recon_reduction mean {FAST}"),
-        "unlearning": ("mtsae", "--variant unlearning"),
-        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal"),
-        "  10,000 tokens": ("mtsae", f"--variant unlearning --tokens 10000 --steps 0 --batch_size 16 {FAST}"),
-    },
-    "lens": {
-        "TemporalLens": ("temporal_lens", FAST),
-        "  no annealing": ("temporal_lens", f"--no-anneal {FAST}"),
-        "  static masks": ("temporal_lens", f"--static_masks {FAST}"),
-        "  uniform weights": ("temporal_lens", f"--uniform_weights {FAST}"),
-        "  masks of one, uniform weights": ("temporal_lens", f"--no-masks --uniform_weights {FAST}"),
-    },
-    "hierarchical": {
-        "temporal": ("hierarchical_sae", "--variant temporal"),
-        "temporal, causal": ("hierarchical_sae", "--variant temporal --causal"),
+    }),
+    "tsae_l0": Suite({
+        "TopK 32": ("tsae", f"--no-temporal {TOPK}"),
+        "TSAE, paper's weights": ("tsae", TOPK),
+        "TSAE, paper's weights, no LayerNorm": ("tsae", f"{TOPK} --layer_norm off"),
+        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} {PLAIN}"),
+        "  x 0.5": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 0.5"),
+        "  x 3": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 3"),
+        "  x 10": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 10"),
+    }),
+    "mtsae": Suite({
+        "extraction": ("mtsae", "--steps 2500"),
+        "  rates 1,2,4": ("mtsae", "--rates 1,2,4 --steps 2500"),
+        "  causal": ("mtsae", "--padding causal --steps 2500"),
+        "  no batch norm": ("mtsae", "--batch_norm off --steps 2500"),
+        "  no resampling": ("mtsae", "--resample_every 0 --steps 2500"),
+        "  error averaged over D": ("mtsae", "--recon_reduction mean --steps 2500"),
+        "unlearning": ("mtsae", "--variant unlearning --steps 2500"),
+        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500"),
+        "  10,000 tokens": ("mtsae", "--variant unlearning --tokens 10000 --steps 0 --batch_size 16"),
+    }),
+    "lens": Suite({
+        "TemporalLens": ("temporal_lens", ""),
+        "  no annealing": ("temporal_lens", "--no-anneal"),
+        "  static masks": ("temporal_lens", "--static_masks"),
+        "  uniform weights": ("temporal_lens", "--uniform_weights"),
+        "  masks of one, uniform weights": ("temporal_lens", "--no-masks --uniform_weights"),
+    }, elsewhere=(("TemporalLens", "5"), ("TemporalLens", "12"))),
+    "hierarchical": Suite({
+        "temporal": ("hierarchical_sae", ""),
+        "  causal": ("hierarchical_sae", "--causal"),
         "hierarchical": ("hierarchical_sae", "--variant hierarchical"),
         "disentangled": ("hierarchical_sae", "--variant disentangled"),
         "adversarial": ("hierarchical_sae", "--variant adversarial"),
         "self-aligning": ("hierarchical_sae", "--variant self-aligning"),
-    },
+    }, "core,temporal"),
+    "unlearning": Suite({
+        "hierarchical: temporal": ("hierarchical_sae", ""),
+        "hierarchical: hierarchical": ("hierarchical_sae", "--variant hierarchical"),
+        "hierarchical: disentangled": ("hierarchical_sae", "--variant disentangled"),
+        "hierarchical: adversarial": ("hierarchical_sae", "--variant adversarial"),
+        "hierarchical: self-aligning": ("hierarchical_sae", "--variant self-aligning"),
+        "MTSAE extraction": METHODS["MTSAE extraction"],
+        "MTSAE unlearning": METHODS["MTSAE unlearning"],
+        "standard": METHODS["standard"],
+        "TopK 64": ("tsae", "--no-temporal --activation topk --k 64"),
+        "hierarchical: temporal, TopK 64": ("hierarchical_sae", "--activation topk --k 64"),
+        "MTSAE unlearning, TopK 64": ("mtsae", "--variant unlearning --steps 2500 --activation topk --k 64"),
+    }, "unlearning"),
+    "compare": Suite({
+        **{f"{name}, TopK {k}": (script, f"{flags} --activation topk --k {k}".strip())
+           for k in (64, 16, 256) for name, (script, flags) in METHODS.items()},
+        **{f"{name}, paper's ReLU": row for name, row in METHODS.items()},
+    }, "core,temporal,probing", elsewhere=(("TopK 64", "5"), ("TopK 64", "12"))),
 }
 
 
-def run_folder(suite, label, seed, layer):
-    name = "".join(c if c.isalnum() else "-" for c in label.strip() + "-").strip("-")
-    return Path("runs") / suite / f"{name}-L{layer}-s{seed}"
+def run_folder(script, flags, seed, layer):
+    """Where this run lives, whatever suite asks for it; flags in any order give one folder."""
+    parts = sorted(" ".join(part.split()) for part in f" {flags}".split(" --") if part.strip())
+    name = "-".join([script, *parts]).replace(" ", "-").replace(",", "+")
+    return RUNS / name / f"L{layer}-s{seed}"
 
 
-def one(suite, label, script, flags, seed, layer):
-    """Train and evaluate one row with one seed unless that is done; the output goes to the run folder."""
-    out = run_folder(suite, label, seed, layer)
-    if (out / "eval.json").exists():
-        return
-    module = importlib.import_module(script)
-    if (out / "checkpoint.safetensors").exists():
-        argv = ["--resume", str(out)]
-    else:
-        argv = f"--layer {layer} --seed {seed} --overwrite --save_every 1000 {flags}".split() + ["--out", str(out)]
+def lacks(folder, evals):
+    """The evaluations among `evals` (comma) that a finished run has not seen; None if it is not finished."""
+    path = folder / "eval.json"
+    if not path.exists():
+        return None
+    results = common.read_json(path)
+    core = results.get("core", {})
+    have = {"core": "ce_loss_score" in core, "reconstruction": "EV" in core, "temporal": "EV_by_scale" in
+            results.get("temporal", {})}
+    return [name for name in evals.split(",") if not have.get(name, name in results)]
+
+
+def one(script, flags, seed, layer, evals, more=""):
+    """Train and evaluate one run as far as that is not done; its output goes to output.txt beside it.
+
+    more: flags that change no result, such as --cache. A run that another process holds is left alone.
+    """
+    out = run_folder(script, flags, seed, layer)
     out.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    with open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(io.StringIO()) as err:
-        status = module.main(argv)
-    (out / "status.json").write_text(json.dumps({"status": status, "seconds": round(time.time() - start, 1)}))
-    tail = err.getvalue().strip().splitlines()[-1:] if status else ""
-    print(f"{time.strftime('%H:%M:%S')} {suite} {label.strip()} L{layer} s{seed}: status {status} "
-          f"({time.time() - start:.0f} s) {tail}", flush=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        missing = lacks(out, evals)
+        if missing == []:
+            return
+        if missing:
+            argv = ["--run", str(out), "--eval", ",".join(missing)]
+        elif (out / "checkpoint.safetensors").exists():
+            argv = ["--resume", str(out), "--eval", evals]
+        else:
+            argv = ["--layer", str(layer), "--seed", str(seed), "--out", str(out), "--save_every", "1000", "--overwrite",
+                    "--eval", evals, *flags.split()]
+        start, errors = time.time(), io.StringIO()
+        with open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(errors):
+            status = importlib.import_module(script).main([*argv, *more.split()])
+        tail = errors.getvalue().strip().splitlines()[-1:] if status else ""
+        print(f"{time.strftime('%H:%M:%S')} {out.parent.name} {out.name} {'+'.join(missing or ['all'])}: "
+              f"status {status} ({time.time() - start:.0f} s) {tail}", flush=True)
 
 
-def collect(suite, rows):
-    """results/<suite>.json from the run folders: per row the flags and, per metric, mean, sd and n over seeds."""
-    table = {}
-    for label, (script, flags) in rows.items():
-        for folder in sorted(Path("runs", suite).glob(run_folder(suite, label, "*", "*").name)):
-            if not (folder / "eval.json").exists():
+def jobs_of(suite, seeds="", layers="", rows="", full=False):
+    """The runs of a suite: [(label, seed, layer)], the first seed of every row first."""
+    spec = SUITES[suite]
+    seeds, layers = (seeds or spec.seeds).split(","), (layers or spec.layers).split(",")
+    if full:
+        layers = sorted({*layers, *(layer for _, layer in spec.elsewhere)}, key=int)
+    chosen = [label for label in spec.rows if rows in label]
+    jobs = [(label, seed, layer) for seed in seeds for layer in layers for label in chosen]
+    jobs += [(label, seeds[0], layer) for part, layer in spec.elsewhere for label in chosen if part in label]
+    return list(dict.fromkeys(jobs))
+
+
+def run_suite(suite, seeds="", layers="", rows="", full=False, more="", workers=0):
+    """All runs of a suite in worker processes (0: one a core), then results/<suite>.json -> the collected rows."""
+    spec, jobs = SUITES[suite], jobs_of(suite, seeds, layers, rows, full)
+    for script in dict.fromkeys((spec.rows[label][0], data_of(spec.rows[label][1])) for label, _, _ in jobs):
+        prepare(*script, ",".join(sorted({layer for _, _, layer in jobs}, key=int)), spec.evals, more)
+    command = [sys.executable, __file__, suite, "--worker", "--seeds", seeds, "--layers", layers, "--rows", rows,
+               "--more=" + more] + ["--full"] * full
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, env=env) for _ in range(workers or os.cpu_count() or 1)]
+    try:
+        failed = sum(process.wait() != 0 for process in started)
+    except KeyboardInterrupt:            # the workers got it too: they save their runs and stop
+        failed = sum(process.wait() != 0 for process in started)
+    if failed:
+        print(f"{failed} worker processes stopped early; the same command goes on where they stopped.")
+    return collect(suite)
+
+
+def data_of(flags):
+    found = re.search(r"--data (\S+)", flags)
+    return found[1] if found else ""
+
+
+def prepare(script, data, layers, evals, more):
+    """Harvest the activations (and the probe texts' states) of all layers in one pass of the language model."""
+    out = RUNS / f"prepare-{data or script}-{layers.replace(',', '+')}"
+    flags = ["--layer", layers, "--steps", "1", "--out", str(out), "--overwrite", *more.split()]
+    flags += ["--data", data] if data else []
+    probing = "probing" in evals.split(",")
+    status = importlib.import_module(script).main(flags + ["--eval", "probing" if probing else "none"])
+    if status:
+        raise SystemExit(status)
+
+
+def collect(suite):
+    """results/<suite>.json from the run folders -> {"label | layer N": row}; a row has the command, seeds, steps,
+    versions and, per flat metric name ("core.EV"), the values over seeds, their mean and deviation."""
+    table, spec = {}, SUITES[suite]
+    for label, (script, flags) in spec.rows.items():
+        folders = sorted(run_folder(script, flags, 0, 0).parent.glob("L*-s*"), key=lambda p: (len(p.name), p.name))
+        for folder in folders:
+            if lacks(folder, spec.evals) != []:
                 continue
             config = common.read_json(folder / "config.json")
             flat = common.flatten(common.read_json(folder / "eval.json"))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            key = f"{label.rstrip()} | layer {config['layer']}"
-            row = table.setdefault(key, {"command": f"python {script}.py --layer {config['layer']} {flags}".strip(),
-                                         "seeds": [], "steps": [], "values": {}})
+            command = f"python {script}.py --layer {config['layer']} {flags}".strip()
+            row = table.setdefault(f"{label.rstrip()} | layer {config['layer']}",
+                                   {"command": command, "seeds": [], "steps": [], "values": {}})
             row["seeds"].append(config["config"]["seed"])
             row["steps"].append(log[-1]["step"] + 1 if log else 0)
             row["versions"] = config["versions"]
@@ -135,8 +253,9 @@ def collect(suite, rows):
     for row in table.values():
         row["mean"] = {k: statistics.fmean(v) for k, v in row["values"].items()}
         row["sd"] = {k: statistics.stdev(v) if len(v) > 1 else None for k, v in row["values"].items()}
-    (HERE / "results").mkdir(exist_ok=True)
-    common.write_json(HERE / "results" / f"{suite}.json", table)
+    if table:
+        (HERE / "results").mkdir(exist_ok=True)
+        common.write_json(HERE / "results" / f"{suite}.json", table)
     return table
 
 
@@ -169,31 +288,63 @@ def fill_readme(text):
     return re.sub(r"<!-- table (\w+): (.*?) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
 
+def figures(table, folder):
+    """compare.png: explained variance against L0, and smoothness against explained variance, layer 19."""
+    plt = common.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
+    colours = dict(zip(METHODS, ("black", "tab:blue", "tab:cyan", "tab:orange", "tab:red", "tab:green", "tab:purple")))
+    marks = {"TopK 16": "v", "TopK 64": "o", "TopK 256": "^", "paper's ReLU": "s"}
+    for label, row in table.items():
+        label, layer = label.split(" | layer ")
+        name, kind = label.rsplit(", ", 1)
+        if layer != "19":
+            continue
+        for axis, x, y in ((axes[0], "core.L0", "core.EV"), (axes[1], "core.EV", "temporal.neighbour_cosine")):
+            error = {f"{k}err": [row["sd"].get(v) or 0.0] for k, v in (("x", x), ("y", y))}
+            axis.errorbar(row["mean"][x], row["mean"][y], **error, color=colours[name], marker=marks[kind], markersize=7,
+                          linestyle="", alpha=0.85)
+    for axis, shown in ((axes[0], {n: (c, "o") for n, c in colours.items()}),
+                        (axes[1], {n: ("grey", m) for n, m in marks.items()})):
+        for name, (colour, mark) in shown.items():
+            axis.plot([], [], color=colour, marker=mark, linestyle="", label=name)
+        axis.legend(fontsize=9)
+    axes[0].set(xscale="log", xlabel="L0 (active features a token)", ylabel="explained variance (held-out)",
+                title="Reconstruction at a given sparsity")
+    axes[1].set(xlabel="explained variance (held-out)", ylabel="cosine of neighbouring codes",
+                title="Smoothness at a given reconstruction")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "compare.png", dpi=80)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "readme"], help="a suite, or readme: fill the README's tables")
-    parser.add_argument("--seeds", default="42,43,44")
-    parser.add_argument("--layers", default="19")
+    parser.add_argument("--seeds", default="", help="such as 42,43 (default: the suite's)")
+    parser.add_argument("--layers", default="", help="such as 5,12,19 (default: the suite's)")
     parser.add_argument("--rows", default="", help="only rows whose label holds this text")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th run, from the i-th")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--full", action="store_true", help="every seed and row at every layer")
+    parser.add_argument("--workers", type=int, default=0, help="processes (0: one a core)")
+    parser.add_argument("--more", default="", help="flags for every run that change no result, such as '--cache DIR'")
+    parser.add_argument("--table", action="store_true", help="run nothing: collect and print")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.suite == "readme":
         readme = HERE / "README.md"
         readme.write_text(fill_readme(readme.read_text()))
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = SUITES[args.suite]
-    part, parts = map(int, args.part.split("/"))
-    jobs = [(label, *rows[label], seed, layer) for seed in args.seeds.split(",") for layer in args.layers.split(",")
-            for label in rows if args.rows in label]
-    if not args.table:
-        for label, script, flags, seed, layer in jobs[part::parts]:
-            one(args.suite, label, script, flags, int(seed), int(layer))
-            collect(args.suite, rows)
-    print(show(collect(args.suite, rows)))
+    chosen = dict(seeds=args.seeds, layers=args.layers, rows=args.rows, full=args.full)
+    if args.worker:
+        torch.set_num_threads(1)
+        for label, seed, layer in jobs_of(args.suite, **chosen):
+            one(*SUITES[args.suite].rows[label], seed, layer, SUITES[args.suite].evals, args.more)
+        return
+    table = collect(args.suite) if args.table else run_suite(args.suite, **chosen, more=args.more, workers=args.workers)
+    print(show(table))
+    if args.suite == "compare" and table:
+        figures(table, HERE / "results")
 
 
 if __name__ == "__main__":
