@@ -2265,9 +2265,11 @@ def plot_training(folder):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     steps = [row["step"] for row in rows]
     for name in itertools.takewhile(lambda key: key != "error", list(rows[-1])[1:]):    # the loss and its terms
-        values = [row.get(name, math.nan) for row in rows]
-        if all(v >= 0 for v in values) and any(v > 0 for v in values) and len(left.lines) < 8:
-            left.semilogy(steps, values, label=name, linewidth=1)
+        values = np.array([row.get(name, math.nan) for row in rows])
+        if values.any() and len(left.lines) < 8:             # a term that lowers the loss is drawn dashed, by its size
+            negative = np.nanmin(values) < 0
+            left.semilogy(steps, np.abs(values), "--" if negative else "-", linewidth=1,
+                          label=f"{name} (size; lowers the loss)" if negative else name)
     left.set(xlabel="step", ylabel="loss terms, weighted (log scale)", title="Loss")
     left.legend(fontsize=8)
     right.plot(steps, [max(-0.1, row.get("EV", math.nan)) for row in rows], color="tab:blue", label="explained variance")

@@ -3083,6 +3083,27 @@ def test_hygiene_every_config_field_has_its_source():
         assert not missing, (script, missing)
 
 
+def test_hygiene_configs_and_loops_have_one_shape():
+    import dataclasses
+    import importlib
+    shared, loops = {}, {}
+    for script in SCRIPTS:
+        module = importlib.import_module(script)
+        fields = [(f.name, f.type, f.default) for f in dataclasses.fields(module.Config)]
+        names = [name for name, _, _ in fields]
+        shared[script] = fields[names.index("seed"):]        # "machine and run": the same flags everywhere
+        assert names[names.index("model"):names.index("k") + 1] == [
+            "model", "layer", "data", "tokens", "heldout_tokens", "T", "expansion", "activation", "k"], script
+        body = (HERE / f"{script}.py").read_text()
+        body = body[body.index("for step in run.steps():"):body.index("run.log(step")]
+        comments = "\n".join(line.split("#", 1)[1] for line in body.splitlines() if "#" in line)
+        loops[script] = re.findall(r"(?<= )(\d)\. ([a-z]+)", comments)
+        assert len(body.splitlines()) <= 90, script
+    for script in SCRIPTS[1:]:
+        assert shared[script] == shared[SCRIPTS[0]], f"{script}: machine and run fields differ"
+        assert loops[script] == loops[SCRIPTS[0]] and len(loops[script]) == 7, f"{script}: steps of the loop"
+
+
 def test_hygiene_lines_and_words():
     for path in sorted(HERE.glob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
