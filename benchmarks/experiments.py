@@ -200,8 +200,9 @@ def jobs_of(suite, seeds="", layers="", rows="", full=False):
 def run_suite(suite, seeds="", layers="", rows="", full=False, more="", workers=0):
     """All runs of a suite in worker processes (0: one a core), then results/<suite>.json -> the collected rows."""
     spec, jobs = SUITES[suite], jobs_of(suite, seeds, layers, rows, full)
-    for script in dict.fromkeys((spec.rows[label][0], data_of(spec.rows[label][1])) for label, _, _ in jobs):
-        prepare(*script, ",".join(sorted({layer for _, _, layer in jobs}, key=int)), spec.evals, more)
+    sources = {data_of(*spec.rows[label]): spec.rows[label][0] for label, _, _ in jobs}
+    for data, script in sources.items():
+        prepare(script, data, ",".join(sorted({layer for _, _, layer in jobs}, key=int)), spec.evals, more)
     command = [sys.executable, __file__, suite, "--worker", "--seeds", seeds, "--layers", layers, "--rows", rows,
                "--more=" + more] + ["--full"] * full
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -215,18 +216,20 @@ def run_suite(suite, seeds="", layers="", rows="", full=False, more="", workers=
     return collect(suite)
 
 
-def data_of(flags):
+def data_of(script, flags):
+    """The text that a row trains on, as the scripts resolve it on a CPU."""
     found = re.search(r"--data (\S+)", flags)
-    return found[1] if found else ""
+    data = found[1] if found else importlib.import_module(script).Config().data
+    return "bundled" if data == "auto" and common.pick_device().type == "cpu" else data
 
 
 def prepare(script, data, layers, evals, more):
     """Harvest the activations (and the probe texts' states) of all layers in one pass of the language model."""
-    out = RUNS / f"prepare-{data or script}-{layers.replace(',', '+')}"
-    flags = ["--layer", layers, "--steps", "1", "--out", str(out), "--overwrite", *more.split()]
-    flags += ["--data", data] if data else []
-    probing = "probing" in evals.split(",")
-    status = importlib.import_module(script).main(flags + ["--eval", "probing" if probing else "none"])
+    out = RUNS / f"prepare-{data}-{layers.replace(',', '+')}"
+    if all((out / (f"L{layer}" if "," in layers else "") / "eval.json").exists() for layer in layers.split(",")):
+        return                                             # what the cache lost since then, the workers harvest
+    flags = ["--layer", layers, "--steps", "1", "--out", str(out), "--overwrite", "--data", data, *more.split()]
+    status = importlib.import_module(script).main(flags + ["--eval", "probing" if "probing" in evals else "none"])
     if status:
         raise SystemExit(status)
 
