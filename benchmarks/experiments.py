@@ -36,6 +36,7 @@ RUNS = Path("runs/bench")
 TOPK = "--activation topk --k 32"
 PLAIN = "--layer_norm off --variance_weights off"
 HALF = "--batch_size 2 --steps 1250 --warmup 1000 --lr_warmup 500"
+LENS = "--heldout_tokens 128000"
 NO_EXTRAS = "--layer_norm off --boost 1 --grad_noise 0 --no-buffers"
 METHODS = {       # on the same activations and tokens: temporal_lens.py's own default is Shakespeare
     "standard": ("tsae", "--no-temporal"),
@@ -98,12 +99,12 @@ SUITES = {
         "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500"),
         "  10,000 tokens": ("mtsae", "--variant unlearning --tokens 10000 --steps 0 --batch_size 16"),
     }),
-    "lens": Suite({
-        "TemporalLens": ("temporal_lens", ""),
-        "  no annealing": ("temporal_lens", "--no-anneal"),
-        "  static masks": ("temporal_lens", "--static_masks"),
-        "  uniform weights": ("temporal_lens", "--uniform_weights"),
-        "  masks of one, uniform weights": ("temporal_lens", "--no-masks --uniform_weights"),
+    "lens": Suite({       # the paper's 1000 test sequences; the bundled Shakespeare has 657 held-out windows
+        "TemporalLens": ("temporal_lens", LENS),
+        "  no annealing": ("temporal_lens", f"--no-anneal {LENS}"),
+        "  static masks": ("temporal_lens", f"--static_masks {LENS}"),
+        "  uniform weights": ("temporal_lens", f"--uniform_weights {LENS}"),
+        "  masks of one, uniform weights": ("temporal_lens", f"--no-masks --uniform_weights {LENS}"),
     }, elsewhere=(("TemporalLens", "5"), ("TemporalLens", "12"))),
     "hierarchical": Suite({
         "temporal": ("hierarchical_sae", ""),
@@ -213,6 +214,8 @@ def run_suite(suite, seeds="", layers="", rows="", full=False, more="", workers=
         failed = sum(process.wait() != 0 for process in started)
     if failed:
         print(f"{failed} worker processes stopped early; the same command goes on where they stopped.")
+    if suite == "lens":
+        paired_tests(more)
     return collect(suite)
 
 
@@ -234,6 +237,31 @@ def prepare(script, data, layers, evals, more):
         raise SystemExit(status)
 
 
+def paired_tests(more=""):
+    """Each ablation of TemporalLens against the full one with the same seed: paired t-tests of the squared error over
+    held-out sequences (Sec. 5, 6.4) -> paired.json in the ablation's run folder: paired.a_against_b, .t, .p."""
+    import temporal_lens
+    (_, base), *others = SUITES["lens"].rows.items()
+    cache = re.search(r"--cache (\S+)", more)
+    for folder in sorted(run_folder(*base, 0, 0).parent.glob("L*-s*")):
+        layer, seed = folder.name[1:].split("-s")
+        todo = [run_folder(*row, seed, layer) for _, row in others]
+        todo = [f for f in todo if (f / "eval.json").exists() and not (f / "paired.json").exists()]
+        if not todo or not (folder / "eval.json").exists():
+            continue
+
+        def saved(folder):
+            cfg = temporal_lens.Config(**common.read_json(folder / "config.json")["config"])
+            sae = temporal_lens.TemporalLens(common.read_json(folder / "cfg.json")["d_in"], cfg)
+            sae.load_state_dict(common.load_tensors(folder / "sae_weights.safetensors")[0])
+            return cfg, sae.eval()
+        cfg, full = saved(folder)
+        acts = next(common.open_activations(dataclasses.replace(cfg, cache=cache[1] if cache else cfg.cache)))
+        for other in todo:
+            result = temporal_lens.compare(saved(other)[1], full, acts)
+            common.write_json(other / "paired.json", {"paired": result})
+
+
 def collect(suite):
     """results/<suite>.json from the run folders -> {"label | layer N": row}; a row has the command, seeds, steps,
     versions and, per flat metric name ("core.EV"), the values over seeds, their mean and deviation."""
@@ -245,6 +273,8 @@ def collect(suite):
                 continue
             config = common.read_json(folder / "config.json")
             flat = common.flatten(common.read_json(folder / "eval.json"))
+            if (folder / "paired.json").exists():
+                flat.update(common.flatten(common.read_json(folder / "paired.json")))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             command = f"python {script}.py --layer {config['layer']} {flags}".strip()
             row = table.setdefault(f"{label.rstrip()} | layer {config['layer']}",
