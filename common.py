@@ -1151,9 +1151,12 @@ class Run:
             raise UserError(f"{path} is not a checkpoint of this script and configuration.")
         self.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
         state = self.opt.state_dict()
+        params = [p for group in self.opt.param_groups for p in group["params"]]
         for name, value in tensors.items():
             if name.startswith("opt."):
                 _, index, key = name.split(".")
+                if value.shape == params[int(index)].shape:      # in the parameter's memory order: fused AdamW needs that
+                    value = torch.empty_like(params[int(index)], dtype=value.dtype).copy_(value)
                 state["state"].setdefault(int(index), {})[key] = value
         self.opt.load_state_dict(state)
         self.start, self.log_bytes = meta["step"], meta["log_bytes"]

@@ -634,7 +634,7 @@ def train(cfg, acts):
         sae.b_dec.copy_(acts.mean / acts.scale)
         sae.mean.copy_(sae.b_dec)
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
-                            weight_decay=cfg.weight_decay)                # UNSPECIFIED U3, U5
+                            weight_decay=cfg.weight_decay, fused=True)    # UNSPECIFIED U3, U5
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
 
     for step in run.steps():

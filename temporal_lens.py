@@ -340,7 +340,8 @@ def train(cfg, acts):
         sae.b_dec.copy_(acts.mean / acts.scale)
         if not cfg.pre_bias:                                              # UNSPECIFIED U8
             sae.b_enc.copy_(-sae.b_dec @ sae.W_enc)
-    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0,
+                            fused=True)                                   # one pass over memory
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
 
     for step in run.steps():

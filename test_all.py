@@ -530,6 +530,21 @@ def test_micro_batches_add_up():
             assert abs(a["loss"] - b["loss"]) < 1e-4 * abs(b["loss"])
 
 
+def test_fused_adamw_is_adamw_on_transposed_parameters():
+    W = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for fused in (False, True):
+        p = nn.Parameter(W.t().clone())                      # as W_enc: in the decoder's memory order
+        opt = torch.optim.AdamW([p], lr=1e-2, fused=fused)
+        for _ in range(5):
+            opt.zero_grad()
+            (x @ p).relu().square().sum().backward()
+            opt.step()
+        ends.append(p.detach().clone())
+    assert torch.allclose(*ends, atol=1e-5) and not torch.allclose(ends[0], W.t(), atol=1e-2)
+
+
 def test_ctrl_c_saves_and_says_how_to_resume():
     with folder() as here:
         command = [sys.executable, str(HERE / "tsae.py"), *map(str, TINY), "--steps", "100000", "--save_every", "1000000",

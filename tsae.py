@@ -383,7 +383,8 @@ def train(cfg, acts):
     with torch.no_grad():
         sae.scale.fill_(acts.scale)                                       # DEVIATION D1
         sae.b_dec.copy_(acts.mean / acts.scale)
-    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0,
+                            fused=True)                                   # one pass over memory
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
 
     for step in run.steps():
