@@ -181,6 +181,8 @@ def one(script, flags, seed, layer, evals, more=""):
             status = importlib.import_module(script).main([*argv, *more.split()])
         if status:                           # a run that stopped leaves a trace: its log, and why
             common.write_json(out / "status.json", {"status": status, "error": errors.getvalue().strip()[-500:]})
+        if status == 130:                    # Ctrl-C: saved; the rest of the suite is not wanted now either
+            raise SystemExit(130)
         tail = errors.getvalue().strip().splitlines()[-1:] if status else ""
         print(f"{time.strftime('%H:%M:%S')} {out.parent.name} {out.name} {'+'.join(missing or ['all'])}: "
               f"status {status} ({time.time() - start:.0f} s) {tail}", flush=True)
