@@ -43,7 +43,7 @@ METHODS = {       # on the same activations and tokens: temporal_lens.py's own d
     "TSAE": ("tsae", ""),
     "TSAE, half weights": ("tsae", f"{PLAIN} --temporal_scale 0.5"),
     "MTSAE extraction": ("mtsae", "--steps 2500"),
-    "MTSAE unlearning": ("mtsae", "--variant unlearning --steps 2500"),
+    "MTSAE unlearning": ("mtsae", "--variant unlearning --steps 2500 --dtype auto"),
     "TemporalLens": ("temporal_lens", "--data bundled"),
     "hierarchical": ("hierarchical_sae", ""),
 }
@@ -95,8 +95,8 @@ SUITES = {
         "  no batch norm": ("mtsae", "--batch_norm off --steps 2500"),
         "  no resampling": ("mtsae", "--resample_every 0 --steps 2500"),
         "  error averaged over D": ("mtsae", "--recon_reduction mean --steps 2500"),
-        "unlearning": ("mtsae", "--variant unlearning --steps 2500"),
-        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500"),
+        "unlearning": ("mtsae", "--variant unlearning --steps 2500 --dtype auto"),
+        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500 --dtype auto"),
         "  10,000 tokens": ("mtsae", "--variant unlearning --tokens 10000 --steps 0 --batch_size 16"),
     }),
     "lens": Suite({       # the paper's 1000 test sequences; the bundled Shakespeare has 657 held-out windows
@@ -125,7 +125,7 @@ SUITES = {
         "standard": METHODS["standard"],
         "TopK 64": ("tsae", "--no-temporal --activation topk --k 64"),
         "hierarchical: temporal, TopK 64": ("hierarchical_sae", "--activation topk --k 64"),
-        "MTSAE unlearning, TopK 64": ("mtsae", "--variant unlearning --steps 2500 --activation topk --k 64"),
+        "MTSAE unlearning, TopK 64": ("mtsae", "--variant unlearning --steps 2500 --dtype auto --activation topk --k 64"),
     }, "unlearning"),
     "compare": Suite({
         **{f"{name}, TopK {k}": (script, f"{flags} --activation topk --k {k}".strip())
