@@ -1581,7 +1581,11 @@ def probing(sae, acts):
             order = torch.randperm(len(group), generator=generator(42, f"{task}/{split}/{label}"))
             items += [group[i] for i in order[:PROBE_TEXTS[split] // len(labels)].tolist()]
     digest = hashlib.sha256(path.read_bytes() + repr((PROBE_TEXTS, PROBE_T)).encode()).hexdigest()
-    return probe_report(probe_samples(sae, acts, items, min(PROBE_T, acts.T), digest))
+    T = min(PROBE_T, acts.T)
+    samples = probe_samples(sae, acts, items, T, digest)
+    settings = hashlib.sha256(repr((PROBE_KS, acts.heldout_store.threshold)).encode()).hexdigest()[:8]
+    states = probe_file(acts, T, digest, acts.layer)[0]
+    return probe_report(samples, None if acts.cfg.cache == "none" else states.with_suffix(f".{settings}.json"))
 
 
 def probing_saebench(sae, acts):
@@ -1665,10 +1669,8 @@ def text_states(acts, tokens, lengths, key=""):
                 bar.update(lengths[rows].sum().item())
 
     if key and cfg.cache != "none":
-        meta = dict(key=key, model=lm.name, revision=lm.revision, dtype=str(lm.dtype), T=T, format=1)
-        digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
-        name = f"probes-{Path(lm.name).name}-{digest}"
-        files = {layer: Path(cfg.cache) / f"{name}-L{layer}.safetensors" for layer in layers}
+        files = {layer: probe_file(acts, T, key, layer)[0] for layer in layers}
+        meta = probe_file(acts, T, key, acts.layer)[1]
         try:
             x, found = load_tensors(files[acts.layer])
             if found != meta or len(x["x"]) != lengths.sum():
@@ -1687,6 +1689,14 @@ def text_states(acts, tokens, lengths, key=""):
         x[torch.arange(T) < lengths[rows, None]] = flat.float()
         x = x.to(acts.device)
         yield rows, x, scored_mask(x, tokens[rows], lengths[rows], lm.special, acts.heldout_store.threshold)
+
+
+def probe_file(acts, T, key, layer):
+    """Where the states of probe texts `key` are cached, and the settings that they depend on."""
+    lm = acts.lm
+    meta = dict(key=key, model=lm.name, revision=lm.revision, dtype=str(lm.dtype), T=T, format=1)
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(acts.cfg.cache) / f"probes-{Path(lm.name).name}-{digest}-L{layer}.safetensors", meta
 
 
 def pool(values, x, mask):
@@ -1755,20 +1765,23 @@ def probe_accuracy(x, y, x_test, y_test):
         return LogisticRegression(C=1.0, max_iter=1000).fit(x, y).score(x_test, y_test)
 
 
-def probe_task(train, test, ks=PROBE_KS):
+def probe_task(train, test, ks=PROBE_KS, only=("sae", "residual", "pca")):
     """Accuracies of one task, means over its classes: {"sae_top_1": ..., "residual_all": ..., "pca_top_1": ...}.
 
     Columns are the SAE's features, the residual stream's channels and the principal components of the
     training set. "all" uses every column; SAEBench's probe of that name selects its epoch on the test set.
     """
     (x, f, labels), (x_test, f_test, labels_test) = train, test
-    mean = x.mean(0)
-    axes = torch.linalg.svd(x - mean, full_matrices=False).Vh.T
-    views = {"sae": (f, f_test), "residual": (x, x_test), "pca": ((x - mean) @ axes, (x_test - mean) @ axes)}
+    views = {"sae": (f, f_test), "residual": (x, x_test)}
+    if "pca" in only:
+        mean = x.mean(0)
+        axes = torch.linalg.svd(x - mean, full_matrices=False).Vh.T
+        views["pca"] = (x - mean) @ axes, (x_test - mean) @ axes
     classes, scores = sorted(set(labels) & set(labels_test)), {}
     for name in classes if len(classes) > 2 else classes[:1]:        # of two classes one is the other's mirror
         (rows, y), (rows_test, y_test) = one_vs_rest(labels, name), one_vs_rest(labels_test, name)
-        for view, (a, b) in views.items():
+        for view in only:
+            a, b = views[view]
             a, b = a[rows].float().numpy(), b[rows_test].float().numpy()
             for k in ks:
                 columns = top_columns(a, y, k)
@@ -1779,14 +1792,23 @@ def probe_task(train, test, ks=PROBE_KS):
     return {key: float(np.mean(values)) for key, values in scores.items()}
 
 
-def probe_report(samples):
-    """Means over tasks, and each task's own accuracies and sizes under "per_task"."""
-    per_task, out = [], {}
+def probe_report(samples, baselines=None):
+    """Means over tasks, and each task's own accuracies and sizes under "per_task".
+
+    baselines: a json file for the scores of the residual channels and components, the same for every SAE.
+    """
+    per_task, out, known = [], {}, {}
+    if baselines is not None and baselines.exists():
+        known = read_json(baselines)
     for task, splits in samples.items():
-        scores = probe_task(splits["train"], splits["test"])
+        scores = probe_task(splits["train"], splits["test"], only=("sae",) if task in known else ("sae", "residual", "pca"))
+        known.setdefault(task, {key: value for key, value in scores.items() if not key.startswith("sae")})
+        scores.update(known[task])
         per_task.append({"task": task, **{split: len(splits[split][2]) for split in ("train", "test")}, **scores})
         for key, value in scores.items():
             out.setdefault(key, []).append(value)
+    if baselines is not None:
+        write_json(baselines, known)
     means = {key: float(np.mean(values)) for key, values in out.items()}
     return {**means, "tasks": len(per_task), "per_task": per_task}
 

@@ -2343,6 +2343,22 @@ def test_eval_probing_finds_the_words_and_a_zero_sae_scores_a_half():
     assert zero["sae_all"] == 0.5
 
 
+def test_eval_probing_keeps_the_baselines_of_a_layer():
+    W = torch.nn.functional.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
+    sae = LinearSAE(W.t().clone(), W, torch.zeros(64), torch.zeros(32))
+    with data_folder(probes=probe_rows()) as folder:
+        acts = tiny_acts(words_lm(), cache=str(folder / "c"))
+        first, scored, real = common.probing(sae, acts), [], common.probe_task
+        common.probe_task = lambda *a, only, **k: (scored.append(only), real(*a, only=only, **k))[1]
+        try:
+            assert common.probing(sae, acts) == first and set(scored) == {("sae",)}      # read, not fitted again
+            acts.heldout_store.threshold *= 2              # other sinks, other states: fitted anew
+            common.probing(sae, acts)
+        finally:
+            common.probe_task = real
+        assert scored[-1] == ("sae", "residual", "pca")
+
+
 def test_eval_probing_ignores_batch_size_padding_side_and_cache():
     lm = words_lm()
     W = torch.nn.functional.normalize(torch.randn(48, 32, generator=common.generator(1, "w")), dim=1)
