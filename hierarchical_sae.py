@@ -294,7 +294,7 @@ class HierarchicalSAE(nn.Module):
                 rest = rest - z @ W_dec[level]
         return torch.cat(codes, -1)
 
-    def decode(self, f):  # SAME AS tsae.py:TSAE.decode
+    def decode(self, f):  # DIFFERS FROM tsae.py:TSAE.decode - dense: statistics need all features
         """Features (..., F) -> raw activations (..., D); linear."""
         return (f @ self.W_dec + self.b_dec) * self.scale
 
@@ -403,7 +403,7 @@ def normalize_decoder(sae):  # SAME AS tsae.py:normalize_decoder
 def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
     """Take from each decoder row's gradient its component along the row (it would be undone)."""
     W, grad = sae.W_dec, sae.W_dec.grad
-    grad.sub_((grad * W).sum(1, keepdim=True) * W)
+    grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -601,7 +601,8 @@ def train(cfg, acts):
     with torch.no_grad():
         sae.scale.fill_(acts.scale)                                       # DEVIATION D1
         sae.b_dec.copy_(acts.mean / acts.scale)
-    opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), fused=True)   # Sec. 5.1
+    opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
+                           fused=True)                                    # Sec. 5.1, 5.6
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
 
     for step in run.steps():

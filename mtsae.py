@@ -34,7 +34,7 @@ Paper -> code
     Eq. A.1         MTSAE.encode                      sequences of activations -> of codes
     Eq. A.3         MTSAE.temporal, merge_branches    dilated convolutions + residual, averaged
     Sec. A.4.1      MaskedBatchNorm                   batch normalisation after the temporal stage
-    Eq. A.4, D.3    MTSAE.features                    ReLU encoder
+    Eq. A.4, D.3    MTSAE.code                        ReLU encoder
     Eq. A.5         MTSAE.decode, normalize_decoder   linear decoder, unit-norm rows
     Eq. A.2, A.6    losses, NeighbourCosine           reconstruction + sparsity - coherence
     Sec. A.4.3      resample, lr_factor               neuron resampling, warm-up
@@ -225,7 +225,7 @@ class MTSAE(nn.Module):
         W = W / W.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
         # UNSPECIFIED U6
-        self.W_enc = nn.Parameter(W.t().repeat(copies, 1) / copies)       # (D, F) or (K D, F)
+        self.W_enc = nn.Parameter((W.repeat(1, copies) / copies).t())     # (D, F) or (K D, F)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
@@ -249,24 +249,28 @@ class MTSAE(nn.Module):
     def encode(self, x, mask=None):
         """Raw activations (B, T, D), mask (B, T) -> features (B, T, F); no mask: all count."""
         # Eq. A.1 (Sec. 3.1): f_theta: R^{T x d} -> R^{T x k}, k = d
-        return self.features(self.temporal(x, mask))
+        return common.dense_code(*self.code(self.temporal(x, mask)), len(self.b_enc))
 
-    def decode(self, f):
-        """Features (..., F) -> raw activations (..., D); linear."""
+    def decode(self, f, index=None):
+        """Features (..., F), or a list of the active ones (see code) -> raw (..., D); linear."""
         # Eq. A.5 (Sec. 4.2): g(f) = W_dec f + b_dec, ||W_dec,i||_2 = 1; the same in D (Sec. 4)
-        return (f @ self.W_dec + self.b_dec) * self.scale
+        x_hat = f @ self.W_dec if index is None else common.decode_topk(f, index, self.W_dec)
+        return (x_hat + self.b_dec) * self.scale
 
     def forward(self, x, mask=None):
         """Raw activations (B, T, D) -> reconstruction (B, T, D) and features (B, T, F)."""
-        f = self.encode(x, mask)
-        return self.decode(f), f
+        f, index = self.code(self.temporal(x, mask))
+        return self.decode(f, index), common.dense_code(f, index, len(self.b_enc))
 
-    def features(self, h):
-        """What the encoder reads (..., D or K D) -> features (..., F)."""
+    def code(self, h):
+        """What the encoder reads (..., D or K D) -> f (..., F), None; or as tsae.py:TSAE.code."""
         # Eq. A.4 (Sec. 4.2): f = ReLU(W_enc h + b_enc)
         # Eq. D.3 (Sec. 4): e = ReLU(W_enc [z_1; ...; z_K] + b_enc)
+        if common.gather_pays(self.cfg, len(self.b_enc), h.device):
+            values, index = common.encode_topk(h, self.W_enc, self.b_enc, self.cfg.k)
+            return F.relu(values), index
         pre = h @ self.W_enc + self.b_enc                                 # (..., F)
-        return topk(pre, self.cfg.k) if self.cfg.activation == "topk" else F.relu(pre)
+        return (topk(pre, self.cfg.k) if self.cfg.activation == "topk" else F.relu(pre)), None
 
     def temporal(self, x, mask=None):
         """Raw activations (B, T, D) -> what the encoder reads (B, T, D or K D), fp32."""
@@ -442,7 +446,7 @@ def normalize_decoder(sae):
 def remove_parallel_gradient(sae):
     """Take from each decoder row's gradient its component along the row (it would be undone)."""
     W, grad = sae.W_dec, sae.W_dec.grad
-    grad.sub_((grad * W).sum(1, keepdim=True) * W)
+    grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -462,15 +466,15 @@ def losses(sae, x, mask, n, step, cfg):
     # AMBIGUOUS A2
     tokens, pairs = n[0], n[1].clamp(min=1)
     h = sae.temporal(x, mask)                                             # (B, T, D or K D)
-    f = sae.features(h)
+    f, index = sae.code(h)   # f (B, T, F); (B, T, k) where index is given
     # (B, T, D), mean norm of x: sqrt(D)
-    error = (sae.decode(f).float() - x.float()) / sae.scale * mask[..., None]
+    error = (sae.decode(f, index).float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
     square = error.pow(2).sum(-1)                                         # (B, T), 0 where masked
     with torch.autocast(f.device.type, enabled=False):                    # fp32: sums over tokens
-        mass = mask.reshape(1, -1).float() @ f.flatten(0, 1)              # (1, F), f >= 0
+        mass = common.feature_sums(f, index, mask, len(sae.b_enc))        # (F,), f >= 0
     # logged, not part of the loss; fires goes to resampling
-    stats = {"error": square.sum() / tokens, "fires": mass[0],
+    stats = {"error": square.sum() / tokens, "fires": mass,
              "active": (f.detach().sign().sum(-1) * mask).sum() / tokens}
     if cfg.recon_reduction == "mean":                                     # ABLATION: the collapse
         square = square / x.shape[-1]
@@ -482,12 +486,28 @@ def losses(sae, x, mask, n, step, cfg):
         terms["l1"] = cfg.l1 * mass.sum() / tokens
     if cfg.variant == "extraction" and cfg.coherence:
         # Eq. A.2, A.6: - 0.15 cos(f_t, f_{t+1}); A.2 adds L_temporal = -cos
-        terms["coherence"] = -cfg.coherence * NeighbourCosine.apply(f, neighbours(mask)) / pairs
+        cosine = neighbour_cosine(f, index, neighbours(mask), len(sae.b_enc))
+        terms["coherence"] = -cfg.coherence * cosine / pairs
     if cfg.variant == "unlearning" and cfg.separation:
         # Eq. D.1, D.4: + lambda_2 1/(K(K-1)) sum_{i != j} max(0, cos(z_i, z_j))
         z = h.unflatten(2, (len(sae.rates), -1))                          # (B, T, K, D)
         terms["separation"] = cfg.separation * Separation.apply(z, mask) / tokens
     return terms, stats
+
+
+def neighbour_cosine(f, index, pair, n_features):
+    """Sum over scored pairs of cos(f_t, f_{t+1}) -> (): f (B, T, F), or (B, T, k) with its index.
+
+    Of two lists the cosine needs only the features that both have: k^2 comparisons a pair.
+    """
+    if index is None or index.shape[-1] ** 2 > n_features:
+        return NeighbourCosine.apply(common.dense_code(f, index, n_features), pair)
+    with torch.autocast(f.device.type, enabled=False):                    # fp32, as the dense one
+        same = (index[:, 1:, :, None] == index[:, :-1, None, :]).float()  # (B, T - 1, k, k)
+        before = (same @ f[:, :-1, :, None])[..., 0]   # what was on at t, in the order of t + 1
+        square = f.square().sum(-1)                                       # (B, T)
+        inverse = torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
+        return ((f[:, 1:] * before).sum(-1) * inverse[:, 1:] * inverse[:, :-1] * pair).sum()
 
 
 def neighbours(mask):
@@ -588,7 +608,7 @@ def resample(sae, opt, batch, step, cfg):
     for x, mask in batch:
         h = sae.temporal(x, mask)
         target = x.float() / sae.scale
-        error = sae.decode(sae.features(h)).float() / sae.scale - target
+        error = sae.decode(*sae.code(h)).float() / sae.scale - target
         errors.append(error.square().sum(-1) * mask)                      # (b, T)
         seen.append(torch.cat([target - sae.b_dec, h], -1))               # (b, T, D + D or K D)
     sae.train()

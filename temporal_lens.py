@@ -191,29 +191,43 @@ class TemporalLens(nn.Module):
             alpha = initial_alpha(n_features, cfg)                        # (T, F)
             self.alpha = nn.Parameter(alpha, requires_grad=not cfg.static_masks)   # UNSPECIFIED U2
 
-    def encode(self, x, mask=None):  # DIFFERS FROM tsae.py:TSAE.encode - the position mask
+    def encode(self, x, mask=None):  # SAME AS tsae.py:TSAE.encode
         """Raw activations (B, L, D) or (N, D) -> features (..., F). mask is accepted, not needed.
 
         x[:, t] is taken to stand at position t, counted from the first token after the sink.
+        """
+        return common.dense_code(*self.code(x), len(self.b_enc))
+
+    def code(self, x):  # DIFFERS FROM tsae.py:TSAE.code - the position mask
+        """Raw activations (B, L, D) or (N, D) -> features (..., F) and None; with TopK, where that
+        is faster, only the k active features and which they are: (..., k), (..., k).
         """
         bias = self.b_enc
         if self.cfg.pre_bias:                                             # ABLATION: not in Eq. 3
             bias = self.b_enc - self.b_dec @ self.W_enc
         # Eq. 3 (Sec. 4.1): f_t = ReLU(W_e h_t + b_e) ⊙ m_t
-        f = F.relu(x / self.scale @ self.W_enc + bias)                    # (..., F)
-        if self.cfg.masks:
-            f = f * self.position_mask(x.shape[-2] if x.dim() > 2 else None)
-        return topk(f, self.cfg.k) if self.cfg.activation == "topk" else f
+        x, L = x / self.scale, x.shape[-2] if x.dim() > 2 else None
+        m = self.position_mask(L) if self.cfg.masks else None             # (L, F), L None: (F,)
+        if common.gather_pays(self.cfg, len(self.b_enc), x.device):
+            score = None if m is None else lambda pre: F.relu(pre) * m    # k largest after masks
+            values, index = common.encode_topk(x, self.W_enc, bias, self.cfg.k, score)
+            f = F.relu(values)                                            # (..., k)
+            here = index if L is None else (torch.arange(L, device=x.device)[:, None], index)
+            return (f if m is None else f * m[here]), index
+        f = F.relu(x @ self.W_enc + bias)                                 # (..., F)
+        f = f if m is None else f * m
+        return (topk(f, self.cfg.k) if self.cfg.activation == "topk" else f), None
 
-    def decode(self, f):  # SAME AS tsae.py:TSAE.decode
-        """Features (..., F) -> raw activations (..., D); linear."""
+    def decode(self, f, index=None):  # SAME AS tsae.py:TSAE.decode
+        """Features (..., F), or a list of the active ones (see code) -> raw (..., D); linear."""
         # Sec. 4.2: h_hat_t = W_d f_t + b_d
-        return (f @ self.W_dec + self.b_dec) * self.scale
+        x_hat = f @ self.W_dec if index is None else common.decode_topk(f, index, self.W_dec)
+        return (x_hat + self.b_dec) * self.scale
 
     def forward(self, x, mask=None):  # SAME AS tsae.py:TSAE.forward
         """Raw activations (..., D) -> reconstruction (..., D) and features (..., F)."""
-        f = self.encode(x, mask)
-        return self.decode(f), f
+        f, index = self.code(x)
+        return self.decode(f, index), common.dense_code(f, index, len(self.b_enc))
 
     def position_mask(self, length=None):
         """Masks of the first `length` positions (length, F); None: mean over positions (F,)."""
@@ -255,7 +269,7 @@ def normalize_decoder(sae):  # SAME AS tsae.py:normalize_decoder
 def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
     """Take from each decoder row's gradient its component along the row (it would be undone)."""
     W, grad = sae.W_dec, sae.W_dec.grad
-    grad.sub_((grad * W).sum(1, keepdim=True) * W)
+    grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,8 +285,9 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - positio
     of its position and both are averaged over scored tokens.
     Also returns statistics to log and, for Eq. 6, the summed error and number of tokens (2, T).
     """
-    x_hat, f = sae(x, mask)
-    error = ((x_hat.float() - x.float()) / sae.scale).pow(2).sum(-1) * mask   # (B, T)
+    f, index = sae.code(x)   # f (B, T, F); (B, T, k) where index is given
+    error = (sae.decode(f, index).float() - x.float()) / sae.scale
+    error = error.pow(2).sum(-1) * mask                                   # (B, T)
     f = f.float()
     # Eq. 8 (Sec. 4.2): L = sum_t w_t (||h_t - h_hat_t||_2^2 + λ ||f_t||_1)            AMBIGUOUS A4
     # Eq. 1 (Sec. 3.1) is the same with w_t = 1

@@ -925,7 +925,7 @@ def test_mtsae_losses_by_hand():
     sae.eval()
     sae.bn.training = True
     h = sae.temporal(x, mask)
-    f = sae.features(h)
+    f = sae.code(h)[0]
     error = ((sae.decode(f) - x) / 2)[mask].pow(2).sum(-1)
     both = mask[:, 1:] & mask[:, :-1]
     cosine = F.cosine_similarity(f[:, 1:], f[:, :-1], dim=-1)[both]
@@ -1213,7 +1213,7 @@ def test_mtsae_statistics_stay_fp32_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             h = sae.temporal(x, mask)
             terms, _ = mtsae.losses(sae, x, mask, n, 0, cfg)
-            f = sae.features(h)
+            f = sae.code(h)[0]
             assert h.dtype == torch.float32 and (h @ sae.W_enc).dtype == torch.bfloat16
         assert abs(terms["l1"] - 0.04 * f.float()[mask].sum() / n[0]) < 1e-6
         if variant == "extraction":
@@ -3018,6 +3018,125 @@ def test_real_model_trains_and_evaluates():
         core = json.loads(Path("a/eval.json").read_text())["core"]
         assert core["EV"] > 0.5 and core["ce_loss_without_sae"] < core["ce_loss_with_sae"] < core["ce_loss_with_ablation"]
         assert "ce_loss_score" in out and Path("a/training.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed: the fast paths give what the plain ones give
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """owner.name = value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+DENSE, GATHERED = {"cpu": 10 ** 9}, {"cpu": 1}
+TOPK_CASES = ((tsae, dict(temporal=False)), (tsae, {}), (tsae, dict(layer_norm="off", warmup=0)), (temporal_lens, {}),
+              (temporal_lens, dict(masks=False, pre_bias=True)), (mtsae, {}), (mtsae, dict(variant="unlearning")))
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def test_speed_topk_encoder_equals_autograd():
+    torch.manual_seed(0)
+    h, W, bias = torch.randn(3, 7, 12), torch.randn(40, 12).t(), torch.randn(40)
+    gate = torch.rand(7, 40)
+    for score in (None, lambda pre: F.relu(pre) * gate):
+        leaves = [[t.clone().requires_grad_() for t in (h, W, bias)] for _ in range(2)]
+        values, index = common.encode_topk(*leaves[0], 5, score)
+        pre = leaves[1][0] @ leaves[1][1] + leaves[1][2]
+        right = (pre if score is None else score(pre)).topk(5, -1, sorted=False).indices
+        assert torch.equal(index, right) and torch.allclose(values, pre.gather(-1, right), atol=1e-5)
+        weight = torch.randn(3, 7, 5)
+        (values * weight).sum().backward()
+        (pre.gather(-1, right) * weight).sum().backward()
+        for fast, plain in zip(*leaves):
+            assert relative(fast.grad, plain.grad) < 1e-5 and fast.grad.stride() == fast.stride()
+
+
+def topk_losses(module, values, way, dtype=None, device="cpu"):
+    """Terms of the loss and gradients of one micro-batch with masked tokens, by the dense or the gathered way."""
+    cfg = config(module, activation="topk", k=4, expansion=4, T=32, **values)
+    model = {tsae: "TSAE", mtsae: "MTSAE", temporal_lens: "TemporalLens"}[module]
+    sae = getattr(module, model)(16, cfg).to(device)
+    with torch.no_grad():
+        sae.b_enc.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+        sae.b_dec.normal_(generator=torch.Generator().manual_seed(2), std=0.1)
+    x, mask = torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(3)) * 2, torch.ones(3, 32, dtype=torch.bool)
+    mask[0, 5:9], mask[2, 30:] = False, False
+    n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()]) if module is mtsae else mask.sum()
+    with replaced(common, "GATHER_FROM", way), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        terms, stats, *_ = module.losses(sae, x, mask, n, 500, cfg)
+        sum(terms.values()).backward()
+        code = sae.code(sae.temporal(x, mask) if module is mtsae else x)
+    assert (code[1] is None) == (way is DENSE), "not the way that was asked for"
+    return {**terms, **stats}, {name: p.grad for name, p in sae.named_parameters()}, sae, x, mask
+
+
+def test_speed_gathered_topk_equals_dense():
+    """Every script: losses, statistics and every gradient, in fp32 to 1e-5."""
+    for module, values in TOPK_CASES:
+        (plain, grads, sae, x, mask), (fast, quick, *_) = (topk_losses(module, values, way) for way in (DENSE, GATHERED))
+        for name in plain:
+            assert relative(fast[name].float(), plain[name].float()) < 1e-5, (module.__name__, values, name)
+        for name in grads:
+            assert relative(quick[name], grads[name]) < 1e-5, (module.__name__, values, name)
+        both = []
+        for way in (DENSE, GATHERED):
+            with replaced(common, "GATHER_FROM", way), torch.no_grad():
+                single = () if module is mtsae else (sae.encode(x[0]),)    # (N, D): positions unknown
+                both += [(sae.encode(x, mask), *sae(x, mask), *single)]
+        for a, b in zip(*both):
+            assert a.shape == b.shape and relative(b, a) < 1e-5, (module.__name__, values)
+
+
+def test_speed_gathered_topk_under_autocast():
+    """bf16 products: the same features are chosen; the gathered decoder stays fp32 and is the nearer to the truth."""
+    for module, values in TOPK_CASES:
+        dense, gathered = (topk_losses(module, values, way, torch.bfloat16) for way in (DENSE, GATHERED))
+        assert dense[0]["active"] == gathered[0]["active"], module.__name__
+        for name in dense[0]:
+            assert relative(gathered[0][name].float(), dense[0][name].float()) < 2e-2, (module.__name__, values, name)
+        for name, grad in dense[1].items():
+            assert relative(gathered[1][name], grad) < 0.1, (module.__name__, values, name)
+            assert gathered[1][name].dtype == torch.float32
+
+
+def test_speed_neighbour_cosine_of_lists():
+    f, index = torch.rand(2, 9, 3, requires_grad=True), torch.rand(2, 9, 30).topk(3).indices
+    with torch.no_grad():
+        f[0, 4] = 0.0                                                     # a token without active features
+    pair = torch.rand(2, 8) < 0.8
+    fast = mtsae.neighbour_cosine(f, index, pair, 30)
+    plain = mtsae.NeighbourCosine.apply(common.dense_code(f, index, 30), pair)
+    assert abs(fast - plain) < 1e-5 and fast > 0.1
+    a, b = (torch.autograd.grad(value, f)[0] for value in (fast, plain))
+    assert torch.isfinite(a).all() and (a - b).abs().max() < 1e-5
+
+
+def test_speed_gathered_topk_trains_resumes_and_splits():
+    flags = ("--activation", "topk", "--k", 4, "--expansion", 2)          # F / k = 32: gathered
+    assert common.gather_pays(config(tsae, activation="topk", k=4), 128, torch.device("cpu"))
+    with folder():
+        for module in (tsae, temporal_lens, mtsae):
+            more = ("--no-temporal",) if module is tsae else ("--batch_norm", "off") if module is mtsae else ()
+            tiny(module, "split", 8, "--log_every", 1, "--micro_batch", 2, *flags, *more, "--overwrite", "--eval", "none")
+            tiny(module, "whole", 8, "--log_every", 1, "--micro_batch", 0, *flags, *more, "--overwrite", "--eval", "none")
+            with replaced(common, "GATHER_FROM", DENSE):
+                tiny(module, "dense", 8, "--log_every", 1, *flags, *more, "--overwrite", "--eval", "none")
+            rows = [[json.loads(line)["loss"] for line in Path(name, "log.jsonl").read_text().splitlines()]
+                    for name in ("split", "whole", "dense")]
+            for split, whole, dense in zip(*rows):
+                assert abs(split - whole) < 1e-4 * abs(whole) and abs(dense - whole) < 1e-4 * abs(whole), module.__name__
+    killed_and_resumed("tsae", "--no-temporal", *flags)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -178,25 +178,40 @@ class TSAE(nn.Module):
 
     def encode(self, x, mask=None):
         """Raw activations (..., D) -> features (..., F). mask is accepted and not needed."""
+        return common.dense_code(*self.code(x), len(self.b_enc))
+
+    def code(self, x):
+        """Raw activations (..., D) -> features (..., F) and None; with TopK, where that is faster,
+        only the k active features and which they are: (..., k), (..., k). See common.encode_topk.
+        """
         # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc,
         # multiplied out so that
         # b_dec's gradient does not cost a sixth matrix product
-        pre = x / self.scale @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)   # (..., F)
+        x, bias = x / self.scale, self.b_enc - self.b_dec @ self.W_enc
         norm = self.cfg.layer_norm if self.cfg.temporal else "off"
+        gather = norm != "post" and common.gather_pays(self.cfg, len(self.b_enc), x.device)
+        if gather and norm == "off":
+            values, index = common.encode_topk(x, self.W_enc, bias, self.cfg.k)
+            return F.relu(values), index
+        pre = x @ self.W_enc + bias                                       # (..., F)
         if norm == "pre":                                                 # AMBIGUOUS A4
             pre = self.ln(pre)
+        if gather:
+            values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)    # (..., k) each
+            return F.relu(values), index
         f = topk(pre, self.cfg.k) if self.cfg.activation == "topk" else F.relu(pre)
-        return self.ln(f) if norm == "post" else f
+        return (self.ln(f) if norm == "post" else f), None
 
-    def decode(self, f):
-        """Features (..., F) -> raw activations (..., D); linear."""
+    def decode(self, f, index=None):
+        """Features (..., F), or a list of the active ones (see code) -> raw (..., D); linear."""
         # Sec. 3.1: x_hat_t = g_phi(h_t)
-        return (f @ self.W_dec + self.b_dec) * self.scale
+        x_hat = f @ self.W_dec if index is None else common.decode_topk(f, index, self.W_dec)
+        return (x_hat + self.b_dec) * self.scale
 
     def forward(self, x, mask=None):
         """Raw activations (..., D) -> reconstruction (..., D) and features (..., F)."""
-        f = self.encode(x, mask)
-        return self.decode(f), f
+        f, index = self.code(x)
+        return self.decode(f, index), common.dense_code(f, index, len(self.b_enc))
 
     def blend(self, f, mask, step):
         """Codes as the temporal loss compares them: during warm-up mixed with a slow state.
@@ -236,7 +251,7 @@ def normalize_decoder(sae):
 def remove_parallel_gradient(sae):
     """Take from each decoder row's gradient its component along the row (it would be undone)."""
     W, grad = sae.W_dec, sae.W_dec.grad
-    grad.sub_((grad * W).sum(1, keepdim=True) * W)
+    grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,9 +266,9 @@ def losses(sae, x, mask, n, step, cfg):
     Reductions: reconstruction sums over D, sparsity sums over F, temporal sums over lags and F;
     all three are averaged over scored tokens.
     """
-    x_hat, f = sae(x, mask)
+    f, index = sae.code(x)   # f (B, T, F); (B, T, k) where index is given
     # (B, T, D), mean norm of x: sqrt(D)
-    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]
+    error = (sae.decode(f, index).float() - x.float()) / sae.scale * mask[..., None]
     f = f.float()
     # "adaptive feature gating" (Sec. 4) would stand here, were it defined            UNSPECIFIED U3
     # Eq. 1, 2: L = w(t) L_recon + lambda_1 L_sparsity + sum_s lambda_s L_s
@@ -267,6 +282,7 @@ def losses(sae, x, mask, n, step, cfg):
         terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n   # f >= 0: the L1 norm is the sum
     if cfg.temporal:
         terms["recon"] = recon_boost(step, cfg) * recon
+        f = common.dense_code(f, index, len(sae.b_enc))                   # (B, T, F)
         blended = sae.blend(f, mask, step)
         ramp = temporal_ramp(step, cfg) * cfg.temporal_scale
         terms["temporal"] = ramp * temporal_loss(blended, mask, cfg) / n
