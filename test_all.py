@@ -3139,6 +3139,161 @@ def test_speed_gathered_topk_trains_resumes_and_splits():
     killed_and_resumed("tsae", "--no-temporal", *flags)
 
 
+# Claims: the ledger in results/claims.json and claims.md (benchmarks/claims.py)
+# ---------------------------------------------------------------------------------------------
+
+
+def ledger_module():
+    """benchmarks/claims.py as a module."""
+    if str(HERE / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(HERE / "benchmarks"))
+    import claims
+    return claims
+
+
+def recorded_ledger():
+    return json.loads((HERE / "results" / "claims.json").read_text())
+
+
+def test_claims_each_has_quote_place_measure_and_its_runs():
+    import importlib
+    claims = ledger_module()
+    for paper in claims.PAPERS:
+        ids = [c.id for c in claims.CLAIMS if c.id[0] == paper]
+        assert ids == [f"{paper}{i + 1}" for i in range(len(ids))] and len(ids) >= 10, ids
+    for c in claims.CLAIMS:
+        assert len(c.quote) >= 8 and c.reported and callable(c.measure), c.id
+        assert re.match(r"(Abstract|Sec\. \d|Table \d)", c.place), (c.id, c.place)
+        assert all(name in claims.ROWS or name in claims.MEASURED for name in c.needs), c.id
+        used = {key.split(" | ")[0] for key in claims.asked([c])}
+        assert used == set(c.needs), (c.id, "asks for", used, "and declares", c.needs)
+        for key in claims.asked([c]):
+            name, layer = key.split(" | layer ")
+            assert name in claims.MEASURED or int(layer) in claims.ROWS[name].layers, (c.id, key)
+    for row in claims.ROWS.values():                          # every command is one that its script takes
+        module = importlib.import_module(row.script)
+        common.check(common.parse_args(module.__doc__, module.Config, module.CHOICES, row.flags.split())[0])
+    assert [row["id"] for row in recorded_ledger()["claims"]] == [c.id for c in claims.CLAIMS]
+
+
+class Invented(dict):
+    """Collected numbers that `draw` invents when they are asked for: the same for both seeds."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def get(self, key, default=None):
+        if key == "values":
+            return self
+        if " | layer " in key:
+            row = Invented(lambda metric, key=key: self.draw(key, metric))
+            return {"values": row}
+        return {"42": self.draw(key), "43": self.draw(key)}
+
+
+def test_claims_verdicts_flip_with_the_numbers():
+    """Every verdict that is not 'not testable here' can come out both ways: invented numbers reach both."""
+    claims = ledger_module()
+    values = [0.0, 0.004, 0.02, 0.15, 0.3, 0.5, 0.8, 0.9, 0.99, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0, 40.0, 64.0, 100.0, 2500.0]
+    factors = [1.0, 0.99, 0.97, 0.95, 0.93, 0.9, 0.85, 0.77, 0.5, 1.05, 1.18, 1.5]
+    for c in claims.CLAIMS:
+        named = [float(x) for x in re.findall(r"-?\d+\.?\d*", c.reported)]
+        pool, seen, gen = values + named + [x / 100 for x in named], set(), np.random.default_rng(0)
+        for trial in range(30000):
+            mode, drawn = trial % 5, {}
+
+            def draw(run, metric, mode=mode, drawn=drawn, pool=pool, gen=gen):
+                group = ((run, metric), metric, metric, None, None)[mode]    # shared by all runs, or by everything
+                value = drawn.setdefault(group, pool[gen.integers(len(pool))])
+                return value * drawn.setdefault((run, metric, "factor"), factors[gen.integers(len(factors))]) \
+                    if mode in (2, 4) else value
+            try:
+                seen.add(c.measure(claims.Values(Invented(draw)))[0])
+            except (claims.NotRun, ZeroDivisionError):
+                continue
+            if seen >= {True, False} or None in seen:
+                break
+        assert seen == {None} or seen == {True, False}, (c.id, seen)
+
+
+def test_claims_by_hand():
+    claims = ledger_module()
+    table = {}
+
+    def put(run, layer=19, **values):
+        row = table.setdefault(f"{run} | layer {layer}", {"command": "", "values": {}})["values"]
+        row.update({k.replace("__", "."): {str(42 + i): x for i, x in enumerate(v)} for k, v in values.items()})
+
+    def verdict(name):
+        one = next(c for c in claims.CLAIMS if c.id == name)
+        return claims.judge(one, claims.Values(table))
+    put("4 steps", log__steps=[4, 4, 4])
+    assert verdict("D1")["verdict"] == "reproduced" and verdict("D1")["number"] == "4 to 4 steps in 3 runs"
+    put("4 steps", log__steps=[4, 4, 5])
+    assert verdict("D1")["verdict"] == "refuted"
+    put("TSAE", log__steps=[2500, 2500], finished=[1, 1])
+    assert verdict("C1")["verdict"] == "refuted" and "2 of 2 runs finished" in verdict("C1")["number"]
+    put("TSAE", log__steps=[0, 0], finished=[0, 0])
+    assert verdict("C1")["verdict"] == "reproduced" and "0 of 2 runs finished" in verdict("C1")["number"]
+    put("MTSAE", log__loss_variance=[0.77, 1.54])             # paired by seed: -23 % and -23 %
+    put("MTSAE 1,2,4", log__loss_variance=[1.0, 2.0])
+    assert verdict("A3")["verdict"] == "reproduced" and verdict("A3")["number"] == "-23.0 ± 0.0 % (n 2)"
+    for layer, span in ((5, 16), (12, 40), (19, 64)):
+        put("lens", layer, span__median=[span], span__ignoring_position=[64])
+    assert [verdict(f"E{i}")["verdict"] for i in (3, 4, 5, 6)] == ["reproduced"] * 4
+    assert "says nothing about position" in verdict("E5")["why"] and "nothing" not in verdict("E3")["why"]
+    put("lens", 12, span__median=[64])
+    assert [verdict(f"E{i}")["verdict"] for i in (3, 4, 5, 6)] == ["reproduced", "refuted", "reproduced", "refuted"]
+    assert claims.num([0.25, 0.35]) == "0.300 ± 0.071 (n 2)" and claims.num([-0.00001]) == "-0.00001"
+
+
+def test_claims_without_runs_say_not_run():
+    claims = ledger_module()
+    for row in claims.ledger({})["claims"]:
+        assert row["verdict"] in ("not run", "not testable here"), row
+        assert row["verdict"] == "not testable here" or row["number"] == "not run"
+        assert row["verdict"] == "not run" or row["why"].startswith("because ")
+    data = claims.ledger({"TSAE | layer 19": {"command": "", "values": {"log.steps": {"42": 2500}}}})
+    verdicts = {row["id"]: row["verdict"] for row in data["claims"]}
+    assert verdicts["C1"] == "not run", "a number was given although `finished` is missing"
+    assert "not run" in claims.markdown(data)
+
+
+def test_claims_run_folders_are_read():
+    claims = ledger_module()
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        assert claims.gather(path) == {}
+        rows = [{"step": 10 * i, "loss": 100.0 - i, "active": 5.0, "EV": i / 30} for i in range(31)]
+        (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / "status.json").write_text(json.dumps({"status": 130, "error": "stopped and saved after step 300"}))
+        assert claims.gather(path) == {}, "an interrupted run counts as a failure of the method"
+        (path / "status.json").write_text(json.dumps({"status": 2, "error": "the term 'l1' of the loss is nan at step 301"}))
+        assert claims.gather(path)["finished"] == 0 and claims.gather(path)["log.steps"] == 301
+        probing = {"sae_all": 0.9, "per_task": [{"task": "language", "sae_all": 0.8}]}
+        common.write_json(path / "eval.json", {"core": {"EV": 0.5, "relative_reconstruction_bias": math.nan},
+                                               "probing": probing})
+        found = claims.gather(path)
+        assert found["finished"] == 1 and found["core.EV"] == 0.5 and found["probing.language.sae_all"] == 0.8
+        assert "core.relative_reconstruction_bias" not in found                # 0/0 is no number
+        assert found["log.loss_variance"] < 1e-18 and abs(found["log.EV_early"] - 6.5 / 30) < 1e-12   # rows 6 and 7
+    noise = np.random.default_rng(0).normal(size=3000)
+    rows = [{"step": i, "loss": 50 + 0.01 * i + x, "active": 1.0, "EV": 0.0} for i, x in enumerate(noise)]
+    assert abs(claims.log_summary(rows)["log.loss_variance"] - 1) < 0.1, "the trend counts as variance"
+
+
+def test_claims_json_and_md_follow_from_the_recorded_numbers():
+    """Verdicts, numbers and page in the tree are what the recorded values give, byte for byte."""
+    claims = ledger_module()
+    data = recorded_ledger()
+    again = json.loads(json.dumps(claims.ledger(data["runs"])))
+    for old, new in zip(data["claims"], again["claims"]):
+        assert old == new, (old, new)
+    assert again == data
+    assert claims.markdown(data) == claims.markdown(again) == (HERE / "results" / "claims.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------
 # Hygiene: the maps, ids, guarded copies and the README say what the code does
 # ---------------------------------------------------------------------------------------------
