@@ -353,7 +353,7 @@ class HierarchicalSAE(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         return mixed.transpose(1, 2).reshape(B, T, D) @ self.W_out
 
-    def predict(self, image):
+    def predict(self, image):   # EXERCISE 12
         """The features' image z_t W_dec at all t -> the prediction of it at t+1, both (B, T, D)."""
         # Sec. 1, 5.1: a two-layer GRU tracks features; its state predicts them     UNSPECIFIED U7
         state, _ = self.gru(image if self.W_track is None else image @ self.W_track)
@@ -424,7 +424,7 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
     sae.watch(f, gate, mask)
     # Eq. 8 (Sec. 4.4), Eq. 16 (Sec. 5.6):
     #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_adv L_adv
-    recon = error.pow(2).sum() / n
+    recon = error.pow(2).sum() / n   # EXERCISE 11
     # logged, not part of the loss
     stats = {"error": recon, "active": ((f > 0) & mask[..., None]).sum() / n}
     if cfg.recon_reduction == "mean":                                     # UNSPECIFIED U13
@@ -543,7 +543,7 @@ def update_margin(sae, s, rows, cfg):
     std = (alpha * std.square() + (1 - alpha) * (s - mean).square()).sqrt()
     sae.margin_mean[rows], sae.margin_std[rows] = mean, std
     # Eq. 5, Eq. 13 (Sec. 5.4): m_t = mu_t + 2 sigma_t
-    return mean + 2 * std
+    return mean + 2 * std   # EXERCISE 10
 
 
 # ---------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def losses(sae, x, mask, n, step, cfg):
         # Eq. D.1, D.4: + lambda_2 1/(K(K-1)) sum_{i != j} max(0, cos(z_i, z_j))
         z = h.unflatten(2, (len(sae.rates), -1))                          # (B, T, K, D)
         terms["separation"] = cfg.separation * Separation.apply(z, mask) / tokens
-    return terms, stats
+    return terms, stats   # EXERCISE 9
 
 
 def neighbour_cosine(f, index, pair, n_features):
@@ -510,7 +510,7 @@ def neighbour_cosine(f, index, pair, n_features):
         return ((f[:, 1:] * before).sum(-1) * inverse[:, 1:] * inverse[:, :-1] * pair).sum()
 
 
-def neighbours(mask):
+def neighbours(mask):   # EXERCISE 8
     """Pairs (t, t+1) of scored tokens: (B, T) -> (B, T - 1)."""
     return mask[:, 1:] & mask[:, :-1]
 
@@ -733,7 +733,7 @@ def extra_metrics(sae, acts):
     return out
 
 
-def mixing(sae, acts):
+def mixing(sae, acts):   # EXERCISE 7
     """How far tokens reach, and with what weight.
 
     reach: the largest distance at which a change of one token changes a code, found by trying (the

@@ -229,7 +229,7 @@ class TemporalLens(nn.Module):
         f, index = self.code(x)
         return self.decode(f, index), common.dense_code(f, index, len(self.b_enc))
 
-    def position_mask(self, length=None):
+    def position_mask(self, length=None):   # EXERCISE 5
         """Masks of the first `length` positions (length, F); None: mean over positions (F,)."""
         # Eq. 4 (Sec. 4.1): m_{t,k} = σ(α_{t,k} / τ)
         m = (torch.sigmoid(self.alpha / self.tau) if self.cfg.masks else
@@ -245,7 +245,7 @@ class TemporalLens(nn.Module):
         self.tau.fill_(1e-30)
 
 
-def initial_alpha(n_features, cfg):
+def initial_alpha(n_features, cfg):   # EXERCISE 6
     """Logits of the masks as drawn from the seed: (T, F)."""
     # Sec. 4.1: α_{t,k} ~ N(0, 1/T)                                                    AMBIGUOUS A1
     std = cfg.T ** -0.5 if cfg.alpha_init == "variance" else 1 / cfg.T
@@ -328,7 +328,7 @@ def lr_factor(step, cfg):  # SAME AS tsae.py:lr_factor
     return min(1.0, (step + 1) / max(1, cfg.lr_warmup))
 
 
-def temperature(step, steps, cfg):
+def temperature(step, steps, cfg):   # EXERCISE 4
     """Temperature at this step of `steps`: tau_start at the first, tau_end at the last."""
     if not cfg.anneal:                                                    # UNSPECIFIED U3
         return cfg.tau_end

@@ -3139,6 +3139,7 @@ def test_speed_gathered_topk_trains_resumes_and_splits():
     killed_and_resumed("tsae", "--no-temporal", *flags)
 
 
+# ---------------------------------------------------------------------------------------------
 # Claims: the ledger in results/claims.json and claims.md (benchmarks/claims.py)
 # ---------------------------------------------------------------------------------------------
 
@@ -3444,6 +3445,383 @@ def test_hygiene_readme_commands_and_paths():
                     assert name in fields or name.removeprefix("no_") in fields, (script, word)
     for path in re.findall(r"\]\(((?!http)[\w./-]+)\)", text):
         assert (HERE / path).exists(), f"README links to {path}, which does not exist"
+
+
+# ---------------------------------------------------------------------------------------------
+# Exercises and docs: docs/exercises.md; a check passes on a right solution only
+# ---------------------------------------------------------------------------------------------
+
+
+def plain_sae(seed=0, D=8, **values):
+    """An untrained TSAE of paper C's script with random biases, its Config, tokens and their mask."""
+    cfg = config(tsae, **{"T": 12, "k": 3, **values})
+    sae = tsae.TSAE(D, cfg)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in (sae.b_enc, sae.b_dec):
+            p.copy_(0.3 * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(2.0)
+    return sae, cfg, *some(4, 12, D)
+
+
+def exercise_1():
+    """What weighs against the error is divided as the error is, so lambda keeps its meaning."""
+    for flags in (dict(temporal=False), dict(buffers=False, variance_weights="mean")):
+        sums, means = ({}, {})
+        for name, found in (("sum", sums), ("mean", means)):
+            sae, cfg, x, mask = plain_sae(expansion=3, recon_reduction=name, **flags)
+            found.update({k: v.item() for k, v in tsae.losses(sae, x, mask, mask.sum(), 1500, cfg)[0].items()})
+        assert math.isclose(means["recon"] * 8, sums["recon"], rel_tol=1e-4), "the error is averaged over D no more"
+        for name in set(sums) - {"recon"}:
+            ratio = sums[name] / means[name]
+            assert math.isclose(ratio, 8, rel_tol=1e-4), f"averaging makes {name} {ratio:.3g} times smaller, the error D = 8 times"
+
+
+def exercise_2():
+    """Rows of W_dec are free, and the loss does not change if a feature shrinks while its row grows."""
+    sae, cfg, x, mask = plain_sae(temporal=False)
+    gen = torch.Generator().manual_seed(1)
+    size = torch.randn(8, generator=gen).exp()
+    before = tsae.losses(sae, x, mask, mask.sum(), 0, cfg)[0]
+    with torch.no_grad():
+        sae.W_dec.mul_(size[:, None])
+        sae.W_enc.div_(size)
+        sae.b_enc.copy_(sae.b_enc / size)
+    after = tsae.losses(sae, x, mask, mask.sum(), 0, cfg)[0]
+    for name in before:
+        assert torch.isclose(before[name], after[name], rtol=1e-4), f"{name}: {before[name]:.4f}, then {after[name]:.4f}"
+    sum(after.values()).backward()
+    # d loss / d log(size), feature by feature
+    encoder = (sae.W_enc.grad * sae.W_enc).sum(0) + sae.b_enc.grad * sae.b_enc
+    decoder = (sae.W_dec.grad * sae.W_dec).sum(1)
+    assert torch.allclose(encoder, decoder, rtol=1e-3, atol=1e-3 * decoder.abs().max().item()), "the norm needs its gradient"
+    with folder():
+        status, _, err = run(tsae, *TINY, "--no-temporal", "--steps", 5, "--lr", 3e-3, "--lr_warmup", 1, "--eval", "none",
+                             "--out", "a")
+        assert status == 0, err
+        norm = common.load_tensors("a/sae_weights.safetensors")[0]["W_dec"].norm(dim=1)
+        assert (norm - 1).abs().max() > 1e-3, "the rows are still put back to norm 1"
+
+
+def exercise_3():
+    """BatchTopK: k n entries of n scored tokens, shared out as they come; sinks take none."""
+    sae, cfg, x, mask = plain_sae(temporal=False, activation="topk", expansion=2)
+    x[0, 0], mask[0, 0] = 1000 * x[0, 0], False                      # an attention sink
+    pre = F.relu(x / sae.scale @ sae.W_enc + sae.b_enc - sae.b_dec @ sae.W_enc)
+    for f, dense in ((sae.encode(x, mask)[mask], pre[mask]), (sae.encode(x[mask]), pre[mask])):
+        n = len(dense)
+        assert (f > 0).sum() == 3 * n, f"{(f > 0).sum()} active entries for {n} scored tokens at k = 3"
+        least = dense.flatten().topk(3 * n).values[-1]
+        assert torch.allclose(f, torch.where(dense >= least, dense, 0.0), rtol=1e-4), "these are not the largest"
+    dense = plain_sae(temporal=False, activation="topk", k=8)[0].encode(x[mask])
+    assert torch.allclose(dense, plain_sae(temporal=False)[0].encode(x[mask]), rtol=1e-4), "k = F is the ReLU"
+
+
+def exercise_4():
+    """The temperature falls in a straight line from the first to the last step."""
+    cfg = config(temporal_lens)
+    for steps in (2, 11, 400):
+        tau = [temporal_lens.temperature(step, steps, cfg) for step in range(steps)]
+        assert abs(tau[0] - 5.0) < 1e-9 and abs(tau[-1] - 0.1) < 1e-9, f"{steps} steps: from {tau[0]} to {tau[-1]}"
+        drops = [a - b for a, b in zip(tau, tau[1:])]
+        assert max(drops) - min(drops) < 1e-9, f"{steps} steps: no straight line, drops from {min(drops)} to {max(drops)}"
+    assert temporal_lens.temperature(0, 1, cfg) == 5.0, "a run of one step"
+    assert temporal_lens.temperature(3, 9, config(temporal_lens, anneal=False)) == 0.1, "--no-anneal"
+
+
+def exercise_5():
+    """Masks are 0 or 1; their logits learn through the sigmoid's gradient."""
+    sae, _ = lens(T=7)
+    m = sae.position_mask(7)
+    assert ((m == 0) | (m == 1)).all(), "the mask is not hard"
+    assert torch.equal(m > 0.5, sae.alpha > 0), "on is where alpha > 0"
+    assert m.requires_grad, "the logits get no gradient: nothing can learn which positions"
+    weight = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    (m * weight).sum().backward()
+    soft = torch.sigmoid(sae.alpha.detach() / sae.tau)
+    assert torch.allclose(sae.alpha.grad, weight * soft * (1 - soft) / sae.tau, atol=1e-5), "not the sigmoid's gradient"
+    x, _ = some(2, 7, 6)
+    assert not sae.encode(x)[:, sae.alpha <= 0].any(), "a feature is active where its mask is off"
+    assert (lens(T=7, masks=False)[0].position_mask(7) == 1).all(), "--no-masks"
+
+
+def exercise_6():
+    """One mask for 16 positions in a row."""
+    sae, cfg = lens(T=40)
+    assert tuple(sae.alpha.shape) == (3, 6), f"alpha has shape {tuple(sae.alpha.shape)}, 40 positions are 3 blocks"
+    m, block = sae.position_mask(40), torch.arange(40) // 16
+    assert torch.allclose(m, torch.sigmoid(sae.alpha[block] / sae.tau)), "position t belongs to block t // 16"
+    assert torch.equal(sae.position_mask(9), m[:9]) and torch.equal(sae.position_mask(50)[40:], m[-1:].expand(10, -1))
+    assert temporal_lens.initial_alpha(6, cfg).shape == sae.alpha.shape
+    m[:16, 2].sum().backward()
+    assert sae.alpha.grad[0, 2] > 0 and sae.alpha.grad.count_nonzero() == 1, "16 positions, one logit"
+
+
+def exercise_7():
+    """mixing's `leak`: how much a code depends on later tokens; 0 for a causal encoder."""
+    x, mask = mts_data(B=16)
+
+    def leak(padding="circular", taps=(0, 1, 2)):
+        sae, _ = mts(padding=padding, batch_norm="off", rates="1,4")
+        with torch.no_grad():                                       # other taps (before, at, after the token): 0
+            sae.kernels.mul_(torch.tensor([float(i in taps) for i in range(3)])[:, None])
+        found = mtsae.mixing(sae, types.SimpleNamespace(heldout=lambda size=16: iter([(x[:size], mask[:size])])))
+        assert "leak" in found, "mixing returns no 'leak'"
+        later = x.clone()
+        later[:, 21:] = x.roll(1, 0)[:, 21:]
+        a, b = sae.encode(x)[:, 20], sae.encode(later)[:, 20]
+        assert math.isclose(found["leak"], ((a - b).norm() / a.norm()).item(), rel_tol=1e-3, abs_tol=1e-7), found
+        return found["leak"]
+    assert leak("causal") == 0, "a causal encoder cannot see later tokens"
+    assert leak(taps=(0, 1)) == 0, "no tap after the token, no leak"
+    assert leak() > 0.01 and leak(taps=(1, 2)) > 0.01
+
+
+def exercise_8():
+    """Coherence over all lags up to 16, as one product and not as a loop over lags."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+    x, mask = mts_data(T=24)
+    operations = []
+    for coherence in (0.15, 0.0):
+        sae, cfg = mts(T=24, batch_norm="off", coherence=coherence)
+        n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])      # as train() counts
+        with Count() as counter:
+            terms, _ = mtsae.losses(sae, x, mask, n, 0, cfg)
+        operations.append(counter.n)
+        if coherence:
+            f, total, pairs = sae.encode(x, mask).double(), 0.0, 0
+            for lag in range(1, 17):
+                both = mask[:, lag:] & mask[:, :-lag]
+                total += (F.cosine_similarity(f[:, lag:], f[:, :-lag], dim=-1) * both).sum().item()
+                pairs += both.sum().item()
+            assert n[1] == pairs, f"{n[1]} pairs counted, {pairs} scored pairs are 1 to 16 tokens apart"
+            assert math.isclose(terms["coherence"].item(), -0.15 * total / pairs, rel_tol=1e-4)
+            with torch.no_grad():
+                sae.b_enc.fill_(-1e3)                                    # no feature is active
+            mtsae.losses(sae, x, mask, n, 0, cfg)[0]["coherence"].backward()
+            assert all(p.grad is None or torch.isfinite(p.grad).all() for p in sae.parameters()), "empty codes"
+    assert operations[0] - operations[1] < 40, f"{operations[0] - operations[1]} operations: a loop over the lags?"
+
+
+def exercise_9():
+    """AuxK: dead features, and nothing else, learn what the others left over."""
+    sae, cfg = mts(T=40, activation="topk", k=2, expansion=3, dead_after=5)
+    x, mask = mts_data()
+    n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])
+    sae.eval()                                                      # batch norm as it is
+    assert not mtsae.losses(sae, x, mask, n, 0, cfg)[0].get("aux", 0), "nothing is dead, and still there is a term"
+    sae.inactive[:7] = 6
+    terms, _ = mtsae.losses(sae, x, mask, n, 0, cfg)
+    assert "aux" in terms, "7 features are dead, and there is no term 'aux'"
+    with torch.no_grad():
+        h, rest = sae.temporal(x, mask), (x - sae(x, mask)[0]) / sae.scale
+        guess = mtsae.topk(h @ sae.W_enc[:, :7] + sae.b_enc[:7], 4) @ sae.W_dec[:7]
+        value = ((rest - guess).square().sum(-1) * mask).sum() / mask.sum() / 32
+    assert torch.isclose(terms["aux"], value, rtol=1e-4), f"{terms['aux']:.4f} and not {value:.4f}"
+    terms["aux"].backward()
+    for name, p in sae.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        if name in ("W_enc", "b_enc", "W_dec"):
+            dead = grad.movedim(-1 if name == "W_enc" else 0, 0)[:7]     # a view
+            assert dead.any(), f"the dead features' {name} gets no gradient"
+            dead.zero_()
+        assert not grad.any(), f"{name} of living features gets a gradient"
+
+
+def exercise_10():
+    """Two features drift together: beside the others, and not their own past, they stand out."""
+    sae = hs_sae(variant="self-aligning", expansion=4)
+    gen, rows, over = torch.Generator().manual_seed(0), torch.arange(64), []
+    for step in range(200):
+        s = 0.3 + 0.02 * torch.randn(64, generator=gen)
+        s[:2] = 0.3 + 0.65 * step / 200
+        margin = hierarchical_sae.update_margin(sae, s, rows, sae.cfg)
+        assert margin.shape == s.shape and not margin.requires_grad
+        over.append(s > margin)
+    over = torch.stack(over).float()                                # (200, 64)
+    assert over[100:, :2].all(), f"the margin holds the two back in {1 - over[100:, :2].mean():.0%} of the last 100 steps"
+    assert over[100:, 2:].mean() < 0.02, "the margin is below features that do nothing unusual"
+
+
+def exercise_11():
+    """Matryoshka: the lowest level alone, the lowest two and all three have to reconstruct."""
+    for levels, reduction in ((3, "sum"), (3, "mean"), (1, "sum")):
+        sae = hs_sae(variant="hierarchical", levels=levels, recon_reduction=reduction, expansion=2)
+        x, mask = hs_data()
+        terms, stats = hierarchical_sae.losses(sae, x, mask, mask.sum(), 0, sae.cfg)
+        f, errors, end = sae.encode(x, mask).detach(), [], 0
+        for size in sae.sizes:
+            end += size
+            kept = torch.cat([f[..., :end], torch.zeros_like(f[..., end:])], -1)
+            errors.append(((sae.decode(kept) - x) / sae.scale)[mask].square().sum() / mask.sum())
+        want = sum(errors) / levels / (16 if reduction == "mean" else 1)
+        assert torch.isclose(terms["recon"], want, rtol=1e-4), f"{levels} levels, {reduction}: {terms['recon']:.4f}, not {want:.4f}"
+        assert torch.isclose(stats["error"], errors[-1], rtol=1e-4), "the logged error is that of the whole code"
+
+
+def exercise_12():
+    """The GRU predicts the change: without its output, tomorrow is like today and the skill is 0."""
+    sae = hs_sae(variant="temporal")
+    x, mask = hs_data()
+    state, _ = sae.gru(x if sae.W_track is None else x @ sae.W_track)
+    assert torch.allclose(sae.predict(x), x + state @ sae.W_next, atol=1e-5), "not the image plus the GRU's change"
+    with torch.no_grad():
+        sae.W_next.zero_()
+    windows = types.SimpleNamespace(heldout=lambda size=16: iter([(x, mask)]))
+    skill = hierarchical_sae.prediction_skill(sae, windows)
+    assert abs(skill) < 1e-5, f"without the GRU's output the skill is {skill:.3f}"
+    x_hat, f = sae(x, mask)
+    image = hierarchical_sae.features_image(sae, x_hat, mask)
+    pair = mask[:, 1:] & mask[:, :-1]
+    change = ((image[:, 1:] - image[:, :-1]).square().mean(-1) * pair).sum()
+    found = hierarchical_sae.temporal_losses(sae, f, x_hat, mask, sae.cfg)["prediction"]
+    assert torch.isclose(found, change, rtol=1e-4), "the loss does not use the same prediction"
+
+
+def exercises():
+    """Numbers of the exercises that have a check."""
+    return sorted(int(name.split("_")[1]) for name in globals() if re.fullmatch(r"exercise_\d+", name))
+
+
+def markers():
+    """{number: script} from the comments in the scripts."""
+    found = [(int(n), script) for script in SCRIPTS
+             for n in re.findall(r"# EXERCISE (\d+)", (HERE / f"{script}.py").read_text())]
+    assert len(found) == len(dict(found)), f"an exercise is marked twice: {found}"
+    return dict(found)
+
+
+def apply_patch(path, tree):
+    """Apply one of docs/solutions to a copy of the scripts."""
+    tool = ["git", "apply"] if shutil.which("git") else ["patch", "-p1", "-s", "-i"] if shutil.which("patch") else skip(
+        "neither git nor patch is on this machine")
+    done = subprocess.run([*tool, str(path)], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, f"{path.name} does not apply any more: {done.stderr}"
+
+
+@contextlib.contextmanager
+def changed(path):
+    """A changed script in the place of its module, for this file's tests."""
+    name, module = path.stem, types.ModuleType(path.stem)
+    before, module.__file__ = sys.modules[name], str(path)
+    sys.modules[name] = globals()[name] = module
+    try:
+        exec(compile(path.read_text(), path, "exec"), module.__dict__)
+        yield
+    finally:
+        sys.modules[name] = globals()[name] = before
+
+
+def test_exercises_pass_when_right_and_fail_when_unchanged_or_wrong():
+    with folder() as here:
+        for n, script in sorted(markers().items()):
+            for kind in ("unchanged", "", "_wrong"):
+                tree = here / f"{n}{kind or '_right'}"
+                tree.mkdir()
+                shutil.copy(HERE / f"{script}.py", tree)
+                if kind != "unchanged":
+                    apply_patch(HERE / "docs" / "solutions" / f"exercise_{n}{kind}.patch", tree)
+                    assert (tree / f"{script}.py").read_text() != (HERE / f"{script}.py").read_text(), (n, kind)
+                with changed(tree / f"{script}.py"):
+                    try:
+                        globals()[f"exercise_{n}"]()
+                        said = None
+                    except AssertionError as error:
+                        said = str(error)
+                if kind == "":
+                    assert said is None, f"exercise {n}: the solution fails: {said}"
+                else:
+                    assert said is not None, f"exercise {n}: the check passes on the {kind.strip('_')} code"
+
+
+def test_exercises_run_from_the_command_line():
+    with folder() as here:
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, here)
+        for status in (1, 0):
+            done = subprocess.run([sys.executable, "test_all.py", "exercise_4"], cwd=here, capture_output=True, text=True)
+            assert done.returncode == status, done.stdout + done.stderr
+            assert f"{1 - status} passed, {status} failed" in done.stdout
+            apply_patch(HERE / "docs" / "solutions" / "exercise_4.patch", here) if status else None
+    assert "exercise_1" not in names_of([]) and names_of(["exercise_1"]) == ["exercise_1"]
+
+
+def test_exercises_are_marked_described_and_solved():
+    text, teacher = ((HERE / "docs" / f"{name}.md").read_text() for name in ("exercises", "teachers"))
+    marked = markers()
+    assert sorted(marked) == exercises() == list(range(1, len(marked) + 1)) and len(marked) >= 12
+    assert all(list(marked.values()).count(script) >= 3 for script in SCRIPTS), marked
+    parts = re.split(r"^### Exercise (\d+)\b", text, flags=re.M)
+    described = dict(zip(map(int, parts[1::2]), parts[2::2]))
+    assert sorted(described) == sorted(marked)
+    for n, script in marked.items():
+        for word in (f"`{script}.", "**Change.**", "**Command.**", "**Predict first.**", "**What to see.**",
+                     f"python test_all.py exercise_{n}\n"):
+            assert word in described[n], f"exercise {n} lacks {word!r}"
+        assert re.search(rf"^### Exercise {n}\b", teacher, flags=re.M), f"the teacher's page lacks exercise {n}"
+        for kind in ("", "_wrong"):
+            assert (HERE / "docs" / "solutions" / f"exercise_{n}{kind}.patch").exists()
+
+
+def documents():
+    return {path.name: path.read_text() for path in sorted((HERE / "docs").glob("*.md"))}
+
+
+def test_docs_commands_parse():
+    """Every command of a script in docs/*.md is taken by the script's own command line."""
+    import importlib
+    count = 0
+    for name, text in documents().items():
+        for script, flags in re.findall(r"python (\w+)\.py([^\n`#|]*)", text):
+            assert (HERE / f"{script}.py").exists(), (name, script)
+            if script in SCRIPTS:
+                module = importlib.import_module(script)
+                with contextlib.redirect_stderr(io.StringIO()) as err:
+                    try:
+                        cfg, given = common.parse_args("", module.Config, module.CHOICES, flags.split())
+                        common.check(cfg)
+                    except SystemExit:
+                        raise AssertionError(f"{name}: {script}.py{flags}: {err.getvalue()}") from None
+                count += 1
+            elif script == "test_all":
+                assert all(names_of([word]) for word in flags.split()), (name, flags)
+    assert count >= 12
+
+
+def test_docs_links_exist():
+    for name, text in documents().items():
+        for path in re.findall(r"\]\(((?!http)[^)\s#]+)", text):
+            assert (HERE / "docs" / path).exists(), f"{name} links to {path}, which does not exist"
+        for path in re.findall(r"`((?:docs|results|benchmarks|data)/[\w./-]+\.\w+)`", text):
+            assert (HERE / path).exists(), f"{name} names {path}, which does not exist"
+
+
+def test_docs_names_exist():
+    """`tsae.losses`, `mtsae.MTSAE.encode` and the like in docs/*.md are functions or classes of the code."""
+    import importlib
+    count = 0
+    for name, text in documents().items():
+        for script, attribute in re.findall(r"`(tsae|mtsae|temporal_lens|hierarchical_sae|common)\.([A-Za-z_.]+)\b", text):
+            if attribute == "py":
+                continue
+            owner = importlib.import_module(script)
+            for part in attribute.split("."):
+                assert hasattr(owner, part) or part in getattr(owner, "__dataclass_fields__", {}), f"{name}: {script}.{attribute}"
+                owner = getattr(owner, part, None)
+            count += 1
+    assert count >= 30
+    walk = re.search(r"<!-- walk tsae -->(.*?)<!-- end -->", documents()["reading.md"], re.S)[1]
+    told = set(re.findall(r"`tsae\.([\w.]+)", walk))
+    for node in ast.parse((HERE / "tsae.py").read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert any(word.split(".")[0] == node.name for word in told), f"the walk does not tell of {node.name}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class TSAE(nn.Module):
             self.pending = 0.0
 
 
-def topk(pre, k):
+def topk(pre, k):   # EXERCISE 3
     """Keep the k largest entries of the last axis, set to zero where negative; the rest is 0."""
     values, index = pre.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter(-1, index, F.relu(values))
@@ -275,7 +275,7 @@ def losses(sae, x, mask, n, step, cfg):
     recon = error.pow(2).sum() / n
     # logged, not part of the loss
     stats = {"error": recon, "active": ((f > 0).sum(-1) * mask).sum() / n}
-    if cfg.recon_reduction == "mean":   # ABLATION: fact 3's collapse
+    if cfg.recon_reduction == "mean":   # ABLATION: fact 3's collapse   # EXERCISE 1
         recon = recon / x.shape[-1]
     terms = {"recon": recon}
     if cfg.activation == "relu":
@@ -427,7 +427,7 @@ def train(cfg, acts):
             common.assert_gradients(sae, sums)
         # 5. step   6. renormalise
         opt.step()
-        normalize_decoder(sae)
+        normalize_decoder(sae)   # EXERCISE 2
         # 7. bookkeeping
         sae.update_buffers()
         # ---------------------------------------------------------------------------------------
