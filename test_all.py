@@ -318,6 +318,19 @@ def test_hidden_states_of_four_architectures():
         assert not torch.allclose(last, want[4], atol=1e-3), kind
 
 
+def test_dtype_follows_the_cpu_not_the_clock():
+    with folder():
+        for flags, units, dtype in (("fpu avx512f avx512_bf16 amx_bf16 bf16x", "amx_bf16, avx512_bf16", torch.bfloat16),
+                                    ("fpu avx2", "", torch.float32), ("fp asimd bf16", "bf16", torch.bfloat16)):
+            Path("cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+            assert common.bf16_units("cpuinfo") == units
+            with replaced(common, "bf16_units", lambda: units):
+                assert common.pick_dtype("auto", torch.device("cpu"))[0] == dtype
+        assert common.bf16_units("nothing") is None
+        with replaced(common, "bf16_units", lambda: None):
+            assert "of the fp32 speed" in common.pick_dtype("auto", torch.device("cpu"))[1]
+
+
 def test_intervene_identity_and_effect():
     for kind in ("llama", "gemma2", "neox", "gpt2"):
         lm = tiny_lm(kind)

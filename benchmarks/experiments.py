@@ -124,6 +124,7 @@ SUITES = {
         "MTSAE unlearning": METHODS["MTSAE unlearning"],
         "standard": METHODS["standard"],
         "TopK 64": ("tsae", "--no-temporal --activation topk --k 64"),
+        "TopK 32, F = 8 D": ("tsae", f"--no-temporal {TOPK} --expansion 8"),
         "hierarchical: temporal, TopK 64": ("hierarchical_sae", "--activation topk --k 64"),
         "MTSAE unlearning, TopK 64": ("mtsae", "--variant unlearning --steps 2500 --dtype auto --activation topk --k 64"),
     }, "unlearning"),
