@@ -476,6 +476,7 @@ class LM:
         self.D = config.hidden_size
         self.n_layers = config.num_hidden_layers
         self.blocks = find_blocks(self.model, self.n_layers)
+        self.memo = {}         # what evaluations keep of this model for the next SAE
         tok = self.tokenizer
         candidates = (tok.bos_token_id, tok.eos_token_id, getattr(tok, "sep_token_id", None), 0)
         self.bos = next(i for i in candidates if i is not None)
@@ -1959,20 +1960,22 @@ PAIRS = {"code, keeping prose": (("corpus", ["code"]), ("corpus", ["prose"])),
 UNLEARN_THRESHOLDS = (0.001, 0.01, 0.1)     # SAEBench's, and 0.1 for codes too dense for them
 UNLEARN_N = (10, 20)                        # SAEBench's
 UNLEARN_MULTIPLIERS = (0, 1, 3, 10, 30)     # times each feature's mean active value; 0 removes the feature
-UNLEARN_WINDOWS = dict(select=24, validate=12, score=16)   # windows of T tokens a domain: about a minute a pair
+UNLEARN_WINDOWS = dict(select=24, score=32)   # windows of T tokens a domain: select from the training split
 KEEP = 0.99                                 # SAEBench: the share of the retain accuracy that must stay
-MARGIN = 0.995                              # the same while choosing: half the loss is left for new text; not tuned
+HOPELESS = 0.98                             # below it, larger multipliers are not tried: assumed to do more damage
 
 
 def unlearning(sae, acts):
     """SAEBench's unlearning on bundled text: next-token accuracy on a forget domain against a retain domain.
 
-    Features are selected, and the setting (threshold, n, multiplier) is chosen, on the training split. The
-    score is the relative drop of the forget accuracy on held-out text at that one setting, or 0 if less than
-    99 % of the retain accuracy is left there: no maximum is taken over scored text. SAEBench clamps to -25 ...
-    -200 in raw units; features here are in units of normalised activations, so multipliers count each feature's
-    own mean active value. Beside it: the same sweep over random features and over those most often on in the
-    forget domain, whatever they do elsewhere. An SAE with no selectable feature scores 0 (eligible_features).
+    Features are selected on the training split. score follows SAEBench's rule: the largest relative drop of the forget
+    accuracy on held-out text among the settings (threshold, n, multiplier) that keep 99 % of the retain accuracy, so it
+    is a maximum over scored text. crossed_drop and crossed_kept take none: the setting is chosen by the rule on every
+    second held-out window and measured on the others, and the other way round; means of both (no setting: 0 and 1).
+    SAEBench clamps to -25 ... -200 in raw units; features here are in units of normalised activations, so multipliers
+    count each feature's own mean active value. Beside it: the same sweep over random features and over those most
+    often on in the forget domain, whatever they do elsewhere. An SAE with no selectable feature scores 0
+    (eligible_features: their number by threshold).
     """
     if acts.lm is None:
         return {"skipped": ["unlearning: synthetic data has no text"]}
@@ -1980,25 +1983,31 @@ def unlearning(sae, acts):
     for name, (forget, retain) in PAIRS.items():
         out[name] = unlearn_pair(sae, acts, domain_states(acts, *forget), domain_states(acts, *retain))
         say(f"unlearning: {name}: {out[name]['score']:.3f} of the accuracy gone ({out[name]['seconds']:.0f} s)")
-    return {"score": float(np.mean([pair["score"] for pair in out.values()])), **out}
+    pairs = list(out.values())
+    means = {key: float(np.mean([pair[key] for pair in pairs])) for key in ("score", "random", "most_active",
+                                                                            "crossed_drop", "crossed_kept")}
+    means["eligible"] = float(np.mean([pair["eligible_features"]["0.01"] for pair in pairs]))
+    return {**means, **out}
 
 
 @torch.no_grad()
 def domain_states(acts, corpus, domains):
     """{part: (tokens (N, 1+T), h (N, 1+T, D), mask (N, T))} for the parts of UNLEARN_WINDOWS of one domain."""
-    lm, out = acts.lm, {}
-    for split, parts in (("train", ("validate", "select")), ("heldout", ("score",))):
-        tokens, lengths = make_windows((row["text"] for row in bundled(corpus, split, domains)), lm, acts.T, 10**9)
-        order = torch.randperm(len(tokens), generator=generator(0, f"{corpus}{domains}{split}"))
-        order = order[lengths[order].argsort(descending=True, stable=True)]          # whole windows first
-        for part in parts:
-            rows, order = order[:UNLEARN_WINDOWS[part]], order[UNLEARN_WINDOWS[part]:]
-            if len(rows) == 0:
+    lm, limit = acts.lm, acts.heldout_store.threshold
+    key = ("domain", corpus, str(domains), acts.layer, acts.T, limit)
+    if key not in lm.memo:
+        lm.memo[key] = {}
+        for part, split in (("select", "train"), ("score", "heldout")):
+            tokens, lengths = make_windows((row["text"] for row in bundled(corpus, split, domains)), lm, acts.T, 10**9)
+            order = torch.randperm(len(tokens), generator=generator(0, f"{corpus}{domains}{split}"))
+            order = order[lengths[order].argsort(descending=True, stable=True)]      # whole windows first
+            rows = order[:UNLEARN_WINDOWS[part]]
+            if len(rows) < 2:
                 raise UserError(f"the bundled {domains or corpus} {split} text has too few windows of {acts.T} tokens.")
             ids = tokens[rows].long().to(lm.device)
             h = torch.cat([hidden_states(lm, some, [acts.layer])[acts.layer] for some in ids.split(acts.cfg.lm_batch)])
-            out[part] = ids, h, scored_mask(h[:, 1:], ids, lengths[rows], lm.special, acts.heldout_store.threshold)
-    return out
+            lm.memo[key][part] = ids, h, scored_mask(h[:, 1:], ids, lengths[rows], lm.special, limit)
+    return lm.memo[key]
 
 
 @contextlib.contextmanager
@@ -2033,25 +2042,33 @@ def resume_from(lm, layer, tokens):
 
 
 @torch.no_grad()
-def next_token(lm, resume, states, edit=None, batch=4):
-    """Next-token accuracy and perplexity over scored positions; edit: mask -> edit of the states."""
-    right = nll = n = 0
-    for tokens, h, mask in zip(*(t.split(batch) for t in states)):
-        source = F.pad(mask, (1, 0))[:, :-1] & F.pad(mask, (1, 0))[:, 1:]     # a scored token predicts a scored one
-        target = tokens[:, 1:][source]
-        with resume(h if edit is None else edit(mask)(h)):
-            logits = lm.model(input_ids=tokens, use_cache=False).logits[:, :-1][source].float()
-        right += (logits.argmax(-1) == target).sum().item()
-        nll += F.cross_entropy(logits, target, reduction="sum").item()
-        n += len(target)
-    return right / max(n, 1), math.exp(min(50.0, nll / max(n, 1)))
+def next_token(lm, resume, states, edit=None, base=None, batch=8):
+    """Right next tokens, their negative log-likelihood and their number over scored positions, by window: (N, 3).
+
+    edit: mask -> edit of the states; base (N, 3): the result without it, which stands where nothing is changed.
+    """
+    tokens, h, mask = states
+    new, rows = h, torch.arange(len(h), device=h.device)
+    if edit is not None:
+        new = torch.cat([edit(m)(part) for part, m in zip(h.split(batch), mask.split(batch))])
+        rows = (new != h).flatten(1).any(1).nonzero()[:, 0]
+    out = torch.zeros(len(h), 3, dtype=torch.float64) if base is None else base.clone()
+    for part in rows.split(batch) if len(rows) else ():
+        source = F.pad(mask[part], (1, 0))[:, :-1] & mask[part]               # a scored token predicts a scored one
+        target = tokens[part, 1:]
+        with resume(new[part]):
+            logits = lm.model(input_ids=tokens[part], use_cache=False).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        out[part.cpu()] = torch.stack([((v * source).sum(1)) for v in (logits.argmax(-1) == target, nll, source)], 1
+                                      ).double().cpu()
+    return out
 
 
 @torch.no_grad()
 def unlearn_pair(sae, acts, forget, retain):
-    """Select, choose and score on one pair of domains (states from domain_states); see `unlearning`."""
-    start, lm, pair, on = time.perf_counter(), acts.lm, (forget, retain), []
-    resume = resume_from(lm, acts.layer, forget["validate"][0])
+    """Select and score on one pair of domains (states from domain_states); see `unlearning`."""
+    start, lm, on = time.perf_counter(), acts.lm, []
+    resume = resume_from(lm, acts.layer, forget["score"][0])
     for domain in (retain, forget):
         _, h, mask = domain["select"]
         f = torch.cat([sae.encode(x, m).float() for x, m in zip(h[:, 1:].float().split(8), mask.split(8))])
@@ -2061,39 +2078,53 @@ def unlearn_pair(sae, acts, forget, retain):
     plans = {"sae": [(t, n, select_features(*on, t, n)) for t in UNLEARN_THRESHOLDS for n in UNLEARN_N],
              "random": [(None, n, shuffled[:n]) for n in UNLEARN_N],
              "most_active": [(None, n, select_features(on[0], 0 * on[1], 1.0, n)) for n in UNLEARN_N]}
+    base = [next_token(lm, resume, domain["score"]) for domain in (forget, retain)]
+    halves = slice(0, None, 2), slice(1, None, 2)
 
-    def quality(domain, part, features=(), multiplier=0):
-        def edit(mask):
-            return clamp_edit(sae, features, multiplier * typical[features], mask)
-        return next_token(lm, resume, domain[part], edit if features else None)
+    def share(result, i, part):                            # accuracy over the unedited model's
+        right, plain = (t[part, 0].sum() / t[part, 2].sum().clamp(min=1) for t in (result, base[i]))
+        return (right / plain.clamp(min=1e-9)).item()
 
-    base = {part: [quality(domain, part) for domain in pair] for part in ("validate", "score")}
+    def best(tried, part):
+        """(drop, index) by SAEBench's rule on these windows; (0, None) if no setting helps."""
+        drops = [(1 - share(f, 0, part), i) for i, (_, f, r) in enumerate(tried) if share(r, 1, part) >= KEEP]
+        return max([d for d in drops if d[0] > 0], default=(0.0, None))
     rows = []
     for method, plan in plans.items():
-        best, tried, done = {"drop": 0.0}, 0, [[]]
+        tried, done = [], [[]]
         for threshold, n, features in plan:
-            if features in done:                         # nothing to clamp, or the same set again
+            if features in done:                           # nothing to clamp, or the same set again
                 continue
             done.append(features)
             for multiplier in UNLEARN_MULTIPLIERS:
-                tried += 1
-                if quality(retain, "validate", features, multiplier)[0] < MARGIN * base["validate"][1][0]:
-                    break                                # a larger multiplier only does more damage
-                drop = 1 - quality(forget, "validate", features, multiplier)[0] / max(base["validate"][0][0], 1e-9)
-                if drop > best["drop"]:
-                    best = dict(drop=drop, threshold=threshold, n=n, multiplier=multiplier, features=features)
-        row = {"method": method, "settings_tried": tried, "setting": best, "score": 0.0, "drop": 0.0, "retain_kept": 1.0}
-        if "features" in best:
-            (a, p), (b, q) = (quality(domain, "score", best["features"], best["multiplier"]) for domain in pair)
-            drop, kept = 1 - a / max(base["score"][0][0], 1e-9), b / max(base["score"][1][0], 1e-9)
-            row.update(score=drop if kept >= KEEP else 0.0, drop=drop, retain_kept=kept, perplexity_forget=p,
-                       perplexity_retain=q)
+                def edit(mask):
+                    return clamp_edit(sae, features, multiplier * typical[features], mask)
+                kept = next_token(lm, resume, retain["score"], edit, base[1])
+                if share(kept, 1, slice(None)) < HOPELESS:
+                    break
+                setting = dict(threshold=threshold, n=n, multiplier=multiplier, features=features)
+                tried.append((setting, next_token(lm, resume, forget["score"], edit, base[0]), kept))
+        score, index = best(tried, slice(None))
+        row = {"method": method, "settings_tried": len(tried), "score": score, "retain_kept": 1.0, "setting": None}
+        crossed = [(best(tried, here)[1], there) for here, there in (halves, halves[::-1])]
+        row["crossed_drop"] = float(np.mean([0.0 if i is None else 1 - share(tried[i][1], 0, p) for i, p in crossed]))
+        row["crossed_kept"] = float(np.mean([1.0 if i is None else share(tried[i][2], 1, p) for i, p in crossed]))
+        if index is not None:
+            setting, f, r = tried[index]
+            row.update(retain_kept=share(r, 1, slice(None)), setting=setting, perplexity_forget=perplexity(f),
+                       perplexity_retain=perplexity(r))
         rows.append(row)
-    (a, p), (b, q) = base["score"]
-    return {**{key: rows[0][key] for key in ("score", "drop", "retain_kept")}, "random": rows[1]["score"],
-            "most_active": rows[2]["score"], "accuracy_forget": a, "accuracy_retain": b, "perplexity_forget": p,
-            "perplexity_retain": q, "methods": rows, "seconds": time.perf_counter() - start, "eligible_features": {
-                str(t): ((on[0] > 0) & (on[1] < t)).sum().item() for t in UNLEARN_THRESHOLDS}}
+    accuracy = [(t[:, 0].sum() / t[:, 2].sum().clamp(min=1)).item() for t in base]
+    return {**{key: rows[0][key] for key in ("score", "retain_kept", "crossed_drop", "crossed_kept")},
+            "random": rows[1]["score"], "most_active": rows[2]["score"], "random_crossed": rows[1]["crossed_drop"],
+            "accuracy_forget": accuracy[0], "accuracy_retain": accuracy[1], "perplexity_forget": perplexity(base[0]),
+            "perplexity_retain": perplexity(base[1]), "methods": rows, "seconds": time.perf_counter() - start,
+            "eligible_features": {str(t): ((on[0] > 0) & (on[1] < t)).sum().item() for t in UNLEARN_THRESHOLDS}}
+
+
+def perplexity(result):
+    """From next_token's table (N, 3)."""
+    return math.exp(min(50.0, (result[:, 1].sum() / result[:, 2].sum().clamp(min=1)).item()))
 
 
 # SAEBench's own task: answer questions about biology no more, and those of MMLU as before.

@@ -2507,7 +2507,8 @@ def test_eval_unlearning_forgets_one_language_and_keeps_the_other():
         out = common.unlearn_pair(direction_sae(acts, forget, retain), acts, forget, retain)
         zero = common.unlearn_pair(zero_sae(32, 40), acts, forget, retain)
     assert out["accuracy_forget"] > 0.9 and out["accuracy_retain"] > 0.9
-    assert out["score"] == out["drop"] > 0.5 and out["retain_kept"] >= 0.99 and out["methods"][0]["setting"]["features"] == [0], out
+    assert out["score"] > 0.5 and out["retain_kept"] >= 0.99 and out["methods"][0]["setting"]["features"] == [0], out
+    assert out["crossed_drop"] > 0.5 and out["crossed_kept"] >= 0.98 and out["random"] < 0.1, out
     assert out["methods"][0]["perplexity_forget"] > 2 * out["perplexity_forget"]
     # The papers' 0.0: an all-zero SAE has no feature that is on, nothing is selected, nothing changes
     assert zero["score"] == 0 and zero["methods"][0]["settings_tried"] == 0 and set(zero["eligible_features"].values()) == {0}
