@@ -1050,8 +1050,8 @@ def _(v):
 def _(v):
     agreement = [v.mean("lens", "clusters.consistency", n) for n in LAYERS]
     return min(agreement) >= 0.5, f"agreement {by_layer(v, 'clusters.consistency')}", (
-        "Ward clustering of the features' profiles over positions. Profiles contain the masks, so clusters can agree on "
-        f"a random first draw (E14). Median span of the masks alone: {v.maybe('lens', 'span.median_mask')} of 128.")
+        "Ward clustering of the features' profiles over positions. Profiles contain the masks, so clusters can agree "
+        f"on a random first draw (E14). Median span of the masks alone: {v.maybe('lens', 'span.median_mask')} of 128.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1132,18 +1132,18 @@ def ledger(table):
                    for s in row["values"].get("train_seconds", {}).values()]
         minutes[paper] = {"runs": len(seconds), "minutes": round(sum(seconds) / 60, 1)}
     models = sorted({row["model"] for row in keep.values() if "model" in row})
-    return {"model": "; ".join(models) or "nothing yet", "time": minutes, "claims": rows, "runs": keep}
+    return {"model": "; ".join(models) or "none yet", "time": minutes, "claims": rows, "runs": keep}
 
 
 HEADER = """# The papers' claims, one by one
 
-Made by `benchmarks/claims.py` from `results/claims.json`; nothing here is entered by hand. Every number was measured on
-{model} (layer 19 unless a layer is named; the scripts' laptop preset), not on
-the papers' Gemma-2-2B (paper D: Pythia-70m): a verdict is about the method on this model. Attention sinks are out of
-every number unless it says otherwise.
+Made by `benchmarks/claims.py` from `results/claims.json`; nothing here is entered by hand.
+Model of these runs: {model}; layer 19 unless a layer is named, the scripts' laptop preset. The papers used
+Gemma-2-2B (paper D: Pythia-70m), so a verdict is about the method on this model and at this size. Attention sinks are
+out of every number unless it says otherwise.
 
 - **reproduced**: our number meets the column "holds if", which we chose; the papers give no tolerances.
-- **refuted**: it does not: the number or effect does not appear here, with the paper's own settings.
+- **refuted**: it does not: the number or effect does not appear here.
 - **not testable here**: for the reason given; the nearest thing that was measured stands in the column "here".
 - **not run**: no run has produced the number yet.
 
