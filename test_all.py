@@ -3289,10 +3289,14 @@ def test_claims_run_folders_are_read():
         probing = {"sae_all": 0.9, "per_task": [{"task": "language", "sae_all": 0.8}]}
         common.write_json(path / "eval.json", {"core": {"EV": 0.5, "relative_reconstruction_bias": math.nan},
                                                "probing": probing})
+        common.write_json(path / "config.json", {"script": "tsae"})
         found = claims.gather(path)
-        assert found["finished"] == 1 and found["core.EV"] == 0.5 and found["probing.language.sae_all"] == 0.8
+        assert found["finished"] == 1 and "heldout_loss" not in found and found["core.EV"] == 0.5 and found["probing.language.sae_all"] == 0.8
         assert "core.relative_reconstruction_bias" not in found                # 0/0 is no number
         assert found["log.loss_variance"] < 1e-18 and abs(found["log.EV_early"] - 6.5 / 30) < 1e-12   # rows 6 and 7
+        common.write_json(path / "config.json", {"script": "temporal_lens", "D": 8, "scale": 2.0, "config": {"l1": 0.04}})
+        common.write_json(path / "eval.json", {"core": {"MSE": 3.0, "L1": 5.0}})
+        assert abs(claims.gather(path)["heldout_loss"] - (3.0 * 8 / 4 + 0.2)) < 1e-12
     noise = np.random.default_rng(0).normal(size=3000)
     rows = [{"step": i, "loss": 50 + 0.01 * i + x, "active": 1.0, "EV": 0.0} for i, x in enumerate(noise)]
     assert abs(claims.log_summary(rows)["log.loss_variance"] - 1) < 0.1, "the trend counts as variance"

@@ -8,7 +8,8 @@
 Writes results/claims.json (numbers per seed of every run, and the claims) and results/claims.md (made from it).
 The verdict of a claim is computed from the numbers by the function below its quote; nothing is entered by hand.
 A number that no run produced reads "not run". The runs are those of benchmarks/experiments.py: shared with its
-suites, never repeated once finished, resumed if interrupted, one worker process of one thread a core.
+suites, never repeated once finished, resumed if interrupted, one worker process of one thread a core. Step times
+are measured once, after the runs, and kept in results/claims.json: delete it to measure again.
 
 Budget: under 60 minutes a paper on 2 cores, activations harvested before; results/claims.md has what each one took.
 """
@@ -40,7 +41,6 @@ PAPERS = {"A": "MTSAE: Multi-Scale Temporal Feature Extraction", "B": "Hierarchi
           "C": "TSAE: Time-Aware Sparse Autoencoders", "D": "MTSAE for selective unlearning", "E": "TemporalLens"}
 SCRIPTS = {"A": "mtsae.py", "B": "hierarchical_sae.py", "C": "tsae.py", "D": "mtsae.py --variant unlearning",
            "E": "temporal_lens.py"}
-MODEL, PAPERS_MODEL = "SmolLM2-135M-Instruct", "Gemma-2-2B (paper D: Pythia-70m)"
 
 # ----------------------------------------------------------------------------------------------------------------
 # Runs: what is trained and evaluated, in the scripts' laptop preset
@@ -95,6 +95,7 @@ ROWS = {
                                       f"--variance_weights off {HALF}"),
     "half no warm-up": Row("tsae", f"{HALF.replace('--warmup 1000', '--warmup 0')}"),
     "half no threshold": Row("tsae", f"--min_variance 0 {HALF}"),
+    "half standard, error averaged": Row("tsae", f"--no-temporal --recon_reduction mean {HALF}"),
     "TopK": Row("tsae", f"--no-temporal {TOPK}"),
     "TopK TSAE": Row("tsae", TOPK),
     "TopK TSAE, half the weights": Row("tsae", f"{TOPK} --layer_norm off --variance_weights off --temporal_scale 0.5"),
@@ -122,7 +123,7 @@ ROWS = {
     "expansion 4": B("--expansion 4", seeds=ONE),
 }
 VARIANTS_B = ("temporal", "hierarchical", "disentangled", "adversarial", "self-aligning")
-HALVES = tuple(label for label in ROWS if label.startswith("half"))
+HALVES = tuple(label for label in ROWS if label.startswith("half") and "standard" not in label)
 
 
 def evals_of(label, seed):
@@ -145,8 +146,9 @@ def folder(label, layer, seed):
 def gather(path):
     """All numbers of one run folder: {metric: value}; {} if it was never run or has not ended.
 
-    Beside eval.json, flattened: log.*, and finished, which is 0 if it stopped on a non-finite loss. A run that was
-    interrupted, or stopped for another reason, is no failure of the method: it counts as not run.
+    Beside eval.json, flattened: log.*, heldout_loss (temporal_lens.py), and finished, which is 0 if it stopped on a
+    non-finite loss. A run that was interrupted, or stopped for another reason, is no failure of the method: it counts
+    as not run.
     """
     out = {}
     if (path / "status.json").exists() and "of the loss is" in str(common.read_json(path / "status.json")):
@@ -156,6 +158,10 @@ def gather(path):
         out = {"finished": 1.0, **common.flatten(results)}
         if (path / "paired.json").exists():
             out.update(common.flatten(common.read_json(path / "paired.json")))
+        config = common.read_json(path / "config.json")
+        if config["script"] == "temporal_lens" and "core.MSE" in out:     # Eq. 8 with w_t = 1, in its units
+            error = out["core.MSE"] * config["D"] / config["scale"] ** 2
+            out["heldout_loss"] = error + config["config"]["l1"] * out["core.L1"]
         for task in results.get("probing", {}).get("per_task", ()):
             out.update({f"probing.{task['task']}.{k}": v for k, v in task.items()})
     if out and (path / "log.jsonl").exists():
@@ -387,7 +393,7 @@ def finished(v, runs):
 
 
 @claim("A1", "Abstract; Sec. 6.2", "consistently achieved our target 50% activation sparsity across all model variants",
-       "0.50 of the features off", ("MTSAE", "MTSAE 1,2,4", "MTSAE Run 1", "MTSAE L1 0.5"), "± 0.10 for each run")
+       "0.50 of the features off", ("MTSAE", "MTSAE 1,2,4", "MTSAE Run 1", "MTSAE L1 0.5"), "each within ± 0.10")
 def _(v):
     off = {run: v(run, "core.inactive") for run in ("MTSAE", "MTSAE 1,2,4", "MTSAE Run 1")}
     text = "; ".join(f"{name} {num(x)}" for name, x in zip(("Run 3", "Run 2", "Run 1"), off.values()))
@@ -414,7 +420,7 @@ def _(v):
 
 
 @claim("A4", "Sec. 6.1", "Initial implementation with [1,2,4] dilation rates showed unstable convergence", "unstable",
-       "MTSAE Run 1", "unstable: a run stops, or a late loss above 3 times its median")
+       "MTSAE Run 1", "a run stops, or a late loss is above 3 times its median")
 def _(v):
     done, text = finished(v, ["MTSAE Run 1"])
     spike = v("MTSAE Run 1", "log.spike")
@@ -685,7 +691,7 @@ def _(v):
 
 @claim("C3", "Sec. 6.3", "Temporal objectives conflict with reconstruction quality", "incompatible",
        ("TopK", "TopK TSAE", "TopK TSAE, half the weights"),
-       "refuted if, at equal L0, neighbours are closer by over 2 sd at an EV cost below 0.01")
+       "at equal L0, neighbours no more than 2 sd closer, or an EV cost of 0.01 or more")
 def _(v):
     base, smooth = (v(run, "temporal.neighbour_cosine") for run in ("TopK", "TopK TSAE, half the weights"))
     ev, cost = (v(run, "core.EV") for run in ("TopK", "TopK TSAE, half the weights"))
@@ -745,8 +751,14 @@ def _(v):
 
 
 collapsed("C9", "Sec. 6.1", "L2 norm ratio 0.0", "0.0 (baseline)", "standard", "l2_ratio", 0.0, 0.05)
-collapsed("C10", "Sec. 6.1", "L0/L1 norms 0.0", "0.0 (baseline)", "standard", "L0", 0.0, 0.5,
-          "With the error averaged over D while L1 is summed, a trained code comes near it (--recon_reduction mean).")
+
+
+@claim("C10", "Sec. 6.1", "L0/L1 norms 0.0", "0.0 (baseline)", ("standard", "half standard, error averaged"), "± 0.5")
+def _(v):
+    active = v("standard", "core.L0")
+    return near(active, 0.0, 0.5), num(active), (
+        f"The all-zero SAE: {v.maybe('standard', 'zero.L0')}. A trained one with the error averaged over D while L1 is "
+        f"summed (half the batch and steps): {v.maybe('half standard, error averaged', 'core.L0')}.")
 
 
 @claim("C11", "Sec. 1",
@@ -911,7 +923,8 @@ def _(v):
         sink = "not run"
     plain = v.maybe("lens no masks", "position.no_sink.early_error")
     return all(-0.19 <= x <= -0.11 for x in means), by_layer(v, "position.no_sink.early_error", True), (
-        "Squared error a token against later positions. If the attention sink, always the same vector, counts as "
+        "Squared error a token against later positions (paired t-test over sequences at layer 19: p "
+        f"{v.maybe('lens', 'position.no_sink.p')}). If the attention sink, always the same vector, counts as "
         f"position 1 and is reconstructed: {sink}. Without masks and weights (layer 19): {plain} as a fraction.")
 
 
@@ -957,7 +970,7 @@ def _(v):
 
 
 @claim("E8", "Sec. 6.4", "Removing annealing leads to unstable training", "unstable", ("lens", "lens no annealing"),
-       "unstable: a run stops, or a late loss above 3 times its median")
+       "a run stops, or a late loss is above 3 times its median")
 def _(v):
     done, text = finished(v, ["lens no annealing"])
     spike = max(v("lens no annealing", "log.spike"))
@@ -980,10 +993,12 @@ def _(v):
 @claim("E10", "Sec. 6.4", "Uniform weights increase average loss by 18%", "+18 %", ("lens", "lens uniform weights"),
        "± 6 points")
 def _(v):
-    change = v.change("lens uniform weights", "lens", "log.loss_late")
+    change = v.change("lens uniform weights", "lens", "heldout_loss")
     return near(change, 0.18, 0.06), f"loss {num(change, True)}", (
-        f"Training loss, last third. Held-out MSE {v.maybe('lens uniform weights', 'core.MSE')} uniform, "
-        f"{v.maybe('lens', 'core.MSE')} adaptive.")
+        "Held-out error + 0.04 L1, all positions alike: training losses with different weights do not compare "
+        f"(there: {v.maybe('lens uniform weights', 'log.loss_late')} uniform, {v.maybe('lens', 'log.loss_late')} "
+        f"adaptive). MSE {v.maybe('lens uniform weights', 'core.MSE')} uniform, {v.maybe('lens', 'core.MSE')} "
+        "adaptive.")
 
 
 @claim("E11", "Sec. 6.5", "Computational cost scales linearly with sequence length", "exponent 1", "step times",
@@ -1030,6 +1045,15 @@ def _(v):
         "A weight is proportional to the error of its position, so weights differ only as much as the errors do.")
 
 
+@claim("E16", "Abstract", "we identify distinct groups of position-specialized neurons", "distinct groups", "lens",
+       "clusters from even and odd windows agree by at least 0.5 (adjusted Rand index) at each layer")
+def _(v):
+    agreement = [v.mean("lens", "clusters.consistency", n) for n in LAYERS]
+    return min(agreement) >= 0.5, f"agreement {by_layer(v, 'clusters.consistency')}", (
+        "Ward clustering of the features' profiles over positions. Profiles contain the masks, so clusters can agree "
+        f"on a random first draw (E14). Median span of the masks alone: {v.maybe('lens', 'span.median_mask')} of 128.")
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The ledger
 # ----------------------------------------------------------------------------------------------------------------
@@ -1063,11 +1087,17 @@ def collect(recorded):
             old = recorded.get(key, {})
             seeds = {seed: gather(folder(label, layer, seed)) for seed in row.seeds}
             if any(seeds.values()):
-                values = collections.defaultdict(dict)
+                values, configs = collections.defaultdict(dict), []
                 for seed, numbers in seeds.items():
+                    if numbers:
+                        configs.append(common.read_json(folder(label, layer, seed) / "config.json"))
                     for metric, value in numbers.items():
                         values[metric][str(seed)] = value
-                table[key] = {"command": command, "values": dict(values)}
+                made = {c["model"] if isinstance(c["model"], str) else f"{c['model']['name']}, D = {c['D']}"
+                        for c in configs}
+                table[key] = {"command": command, "model": " and ".join(sorted(made)),
+                              "commit": " and ".join(sorted({str(c["versions"].get("commit")) for c in configs})),
+                              "values": dict(values)}
             elif old.get("command") == command:
                 table[key] = old
     for label in MEASURED:
@@ -1093,8 +1123,7 @@ def ledger(table):
     for one in CLAIMS:
         fields = {k: getattr(one, k) for k in ("id", "place", "quote", "reported", "needs", "tolerance")}
         rows.append({**fields, "needs": list(one.needs), **judge(one, v)})
-    keep = {key: {"command": row["command"], "values": {m: x for m, x in row["values"].items()
-                                                        if m in used[key] | {"train_seconds"}}}
+    keep = {key: {**row, "values": {m: x for m, x in row["values"].items() if m in used[key] | {"train_seconds"}}}
             for key, row in table.items()}
     minutes = {}
     for paper in PAPERS:
@@ -1102,17 +1131,19 @@ def ledger(table):
         seconds = [s for key, row in keep.items() if key.split(" | ")[0] in labels
                    for s in row["values"].get("train_seconds", {}).values()]
         minutes[paper] = {"runs": len(seconds), "minutes": round(sum(seconds) / 60, 1)}
-    return {"model": MODEL, "time": minutes, "claims": rows, "runs": keep}
+    models = sorted({row["model"] for row in keep.values() if "model" in row})
+    return {"model": "; ".join(models) or "none yet", "time": minutes, "claims": rows, "runs": keep}
 
 
 HEADER = """# The papers' claims, one by one
 
-Made by `benchmarks/claims.py` from `results/claims.json`; nothing here is entered by hand. Every number was measured on
-{model} (30 blocks, D = 576, layer 19 unless a layer is named, laptop preset, CPU), not on the papers'
-{papers}: a verdict is about the method on this model. Attention sinks are out of every number.
+Made by `benchmarks/claims.py` from `results/claims.json`; nothing here is entered by hand.
+Model of these runs: {model}; layer 19 unless a layer is named, the scripts' laptop preset. The papers used
+Gemma-2-2B (paper D: Pythia-70m), so a verdict is about the method on this model and at this size. Attention sinks are
+out of every number unless it says otherwise.
 
-- **reproduced**: our number lies within the tolerance, which was chosen by us; the papers give none.
-- **refuted**: it does not. This says that the number or effect does not appear here, with the paper's own settings.
+- **reproduced**: our number meets the column "holds if", which we chose; the papers give no tolerances.
+- **refuted**: it does not: the number or effect does not appear here.
 - **not testable here**: for the reason given; the nearest thing that was measured stands in the column "here".
 - **not run**: no run has produced the number yet.
 
@@ -1140,21 +1171,21 @@ def markdown(data):
         counts = [sum(verdicts.values())] + [verdicts[k] for k in (*VERDICTS.values(), "not run")]
         summary.append(f"| {paper}: {title} (`{SCRIPTS[paper]}`) | " + " | ".join(map(str, counts))
                        + f" | {spent['runs']} | {spent['minutes']:g} |")
-    parts = [HEADER.format(model=data["model"], papers=PAPERS_MODEL, summary="\n".join(summary))]
+    parts = [HEADER.format(model=data["model"], summary="\n".join(summary))]
     for paper, title in PAPERS.items():
         rows = [row for row in data["claims"] if row["id"][0] == paper]
         parts += [f"## Paper {paper}: {title}\n",
-                  "| | the paper says | paper | here | verdict | why |\n|---|---|---|---|---|---|"]
+                  "| | the paper says | its number | here | holds if | verdict | why |\n|---|---|---|---|---|---|---|"]
         for row in rows:
-            tolerance = "" if row["tolerance"] == "-" else f" ({row['tolerance']})"
-            cells = (row["id"], f"\"{row['quote']}\" {row['place']}", row["reported"], row["number"],
-                     f"**{row['verdict']}**{tolerance}", row["why"])
+            cells = (row["id"], f"\"{row['quote']}\" ({row['place']})", row["reported"], row["number"],
+                     row["tolerance"], f"**{row['verdict']}**", row["why"])
             parts.append("| " + " | ".join(map(cell, cells)) + " |")
         parts.append("\nRuns\n")
         for label in dict.fromkeys(label for row in rows for label in row["needs"]):
             ids = ", ".join(row["id"] for row in rows if label in row["needs"])
             if label in MEASURED:
-                parts.append(f"- {label}: `{MEASURED[label].__name__}` in `benchmarks/claims.py` ({ids})")
+                machine = data["runs"].get(f"{label} | layer 19", {}).get("machine", {}).get("cpu", "not run")
+                parts.append(f"- {label}: `{MEASURED[label].__name__}()` in `benchmarks/claims.py`, {machine} ({ids})")
                 continue
             for layer in ROWS[label].layers:
                 seeds = data["runs"].get(f"{label} | layer {layer}", {}).get("values", {}).get("train_seconds", {})
@@ -1194,7 +1225,8 @@ def run(papers, more, workers):
     for label in measured:                               # alone on the machine, since they are times
         if f"{label} | layer 19" not in numbers:
             values = {k: {str(i): x for i, x in v.items()} for k, v in MEASURED[label]().items()}
-            numbers[f"{label} | layer 19"] = {"command": f"{MEASURED[label].__name__}()", "values": values}
+            numbers[f"{label} | layer 19"] = {"command": f"{MEASURED[label].__name__}()", "values": values,
+                                               "machine": common.versions()}
     return numbers
 
 
