@@ -262,7 +262,7 @@ def config_of_run(Config, cfg, given, folder):
     """The configuration of a saved run, with the flags that may change; refuses any other change."""
     saved = read_json(folder / "config.json").get("config")
     names = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(saved, dict) or not names - ALWAYS_FREE <= set(saved):
+    if not isinstance(saved, dict) or not names - ALWAYS_FREE - {"compile"} <= set(saved):
         raise UserError(f"{folder}/config.json is not a run of this script.")
     old = Config(**{name: saved[name] for name in names & set(saved)})
     for name in given - ALWAYS_FREE - {"out"}:
@@ -317,6 +317,24 @@ def accumulate(sums, terms, **more):
     """Add detached scalar terms of one micro-batch to the step's sums."""
     for name, value in {**terms, **more}.items():
         sums[name] = sums.get(name, 0.0) + value.detach()
+
+
+def compiled(losses, cfg):
+    """A script's `losses`, with --compile through torch.compile: the same terms up to rounding, fewer passes over
+    memory. What the compiler cannot take in (a hook, a sum over processes) runs as it stands."""
+    if not cfg.compile:
+        return losses
+    fast = torch.compile(losses)
+
+    @functools.wraps(losses)
+    def checked(*args):
+        try:
+            return fast(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile: torch.compile does not work on this machine ({reason}); it needs a C++ compiler "
+                            "on a CPU and Triton on a GPU. Leave the flag out.") from None
+    return checked
 
 
 def assert_gradients(module, sums):
@@ -1008,12 +1026,49 @@ def open_activations(cfg):
         yield Activations(cfg, lm, layer, train[layer], held[layer], several=len(layers) > 1)
 
 
+class Buffer:
+    """Sequences harvested live, lm_batch at a time and as far as asked for: rows (n,) of the store -> x, mask."""
+
+    def __init__(self, store, rows, device):
+        self.store, self.rows, self.device, self.done, self.x, self.mask = store, rows, device, 0, None, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream:                                  # not before the model's weights are there
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def harvest(self, share):
+        """Run the language model until this share of the rows is there; on a GPU beside what the SAE is doing."""
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            while self.done < share * len(self.rows):
+                rows = self.rows[self.done:self.done + self.store.lm_batch]
+                x, mask = self.store.get(rows, self.device)
+                if self.x is None:                       # one piece of memory, not pieces and then their copy
+                    self.x, self.mask = (t.new_empty(len(self.rows), *t.shape[1:]) for t in (x, mask))
+                self.x[self.done:self.done + len(rows)], self.mask[self.done:self.done + len(rows)] = x, mask
+                self.done += len(rows)
+
+    def get(self, slot, slots):
+        """Batch `slot` of `slots`: x (b, T, D), mask (b, T). What is still missing is harvested first."""
+        self.harvest(1.0)
+        b = len(self.rows) // slots
+        parts = [t[slot * b:(slot + 1) * b] for t in (self.x, self.mask)]
+        if self.stream:                                  # the SAE's stream waits; the memory stays until it is done
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for part in parts:
+                part.record_stream(torch.cuda.current_stream(self.device))
+        return parts
+
+
 class Activations:
     """Training batches and held-out activations of one layer.
 
     D, T; scale: mean norm / sqrt(D) over the first buffer; mean (D,) and variance (): of scored tokens in
     the first buffer (variance: mean ||x - mean||^2 in raw units). batch(step) is a pure function of the
     seed and the step, so a resumed run sees what an uninterrupted one would.
+
+    Memory. With a cache: one batch, batch_size / processes x T x D x 2 bytes; the file is memory-mapped. Without:
+    one buffer, buffer / processes x T x D x 2 bytes (bf16), on a GPU two: `ahead`, every step also harvests its share
+    of the next buffer on a second CUDA stream, so the language model fills the gaps that the SAE's step leaves and no
+    step waits for a whole buffer. The batches are the same either way (a test compares them).
     """
 
     def __init__(self, cfg, lm, layer, train, heldout, truth=None, several=False):
@@ -1024,7 +1079,9 @@ class Activations:
         self.T = train.T
         self.per_fill = min(cfg.buffer, max(train.N, cfg.batch_size)) // cfg.batch_size   # batches in a buffer
         self.steps = cfg.steps or max(1, train.N * train.T // (cfg.batch_size * cfg.T))
-        self._fill, self._buffer = None, None
+        self._buffers, self.ahead = {}, self.device.type == "cuda"   # buffers by number; harvest the next one meanwhile?
+        if cfg.batch_size < world():
+            raise UserError(f"--batch_size {cfg.batch_size} is less than the {world()} processes: each needs a sequence.")
         index = self.order(torch.arange(min(cfg.buffer, train.N)))
         count, norm, mean, square = 0, 0.0, 0.0, 0.0
         for rows in index.split(256):
@@ -1056,16 +1113,23 @@ class Activations:
             rows = self.order(torch.arange(start + slot * B, start + (slot + 1) * B))[rank()::world()]
             x, mask = self.train_store.get(rows, self.device)
         else:                                            # live: harvest a whole buffer, then serve it
-            if self._fill != fill:
-                rows = self.order(torch.arange(start, start + self.per_fill * B))
-                self._fill, self._buffer = fill, None    # free the old buffer before the new one is made
-                self._buffer = self.train_store.get(rows[rank()::world()], self.device)
-            b = B // world()
-            x, mask = (t[slot * b:(slot + 1) * b] for t in self._buffer)
+            for old in [number for number in self._buffers if number not in (fill, fill + 1)]:
+                del self._buffers[old]                   # free the old buffer before the new one is made
+            x, mask = self.buffer(fill).get(slot, self.per_fill)
+            if self.ahead and (fill + 1) * self.per_fill < self.steps:
+                self.buffer(fill + 1).harvest((slot + 1) / self.per_fill)
         if self.dtype == torch.float32:
             x = x.float()
         size = self.cfg.micro_batch or len(x)
         return list(zip(x.split(size), mask.split(size)))
+
+    def buffer(self, fill):
+        """The buffer of batches fill * per_fill and the following, as far as it has been harvested."""
+        if fill not in self._buffers:
+            B, start = self.cfg.batch_size, fill * self.per_fill * self.cfg.batch_size
+            rows = self.order(torch.arange(start, start + self.per_fill * B)).view(self.per_fill, B)
+            self._buffers[fill] = Buffer(self.train_store, rows[:, rank()::world()].flatten(), self.device)
+        return self._buffers[fill]
 
     def autocast(self):
         """bf16 matrix products where the hardware has them; the identity in fp32."""

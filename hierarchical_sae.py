@@ -157,6 +157,7 @@ class Config:
     seed: int = 42                  # weights and order of the data (paper A's seed; not given in B)
     device: str = "auto"            # auto, cpu or cuda
     dtype: str = "auto"             # auto, float32 or bfloat16: matrix products only (Sec. 5: bfloat16)
+    compile: bool = False           # torch.compile of the losses: needs a C++ compiler (CPU) or Triton (GPU)
     preset: str = "auto"            # paper, laptop, or auto: laptop on a CPU
     lm_batch: int = 32              # sequences per language-model pass (papers A and D)
     buffer: int = 2048              # sequences harvested and shuffled at a time (papers A and D)
@@ -366,8 +367,8 @@ class HierarchicalSAE(nn.Module):
             self.tally[0] += scored.sum((0, 1))
             self.tally[1] += torch.linalg.vector_norm(scored, dim=(0, 1)).square()
             self.tally[2] += (scored > 0).sum((0, 1))
-            g = gate.detach()[mask]                                       # (n, L)
-            self.route_tally += torch.stack([g.sum(0), torch.special.entr(g).sum(0)])
+            g = torch.stack([gate, torch.special.entr(gate)]).detach()    # (2, B, T, L)
+            self.route_tally += (g * mask[..., None]).sum((1, 2))
         if self.parts["orthogonality"]:
             # Eq. 6 (Sec. 4.3), Eq. 14 (Sec. 5.5): A_i = ||dL / dz_i||_2     UNSPECIFIED U3
             def add(grad):
@@ -419,7 +420,7 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
     other temporal terms and routing are one number a token; all are averaged over scored tokens.
     """
     x_hat, f = sae(x, mask)
-    error = ((x_hat.float() - x.float()) / sae.scale)[mask]   # (n, D) in units of sqrt(D)
+    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]     # units of sqrt(D)
     f, gate = f.float(), sae.route(x)
     sae.watch(f, gate, mask)
     # Eq. 8 (Sec. 4.4), Eq. 16 (Sec. 5.6):
@@ -604,6 +605,7 @@ def train(cfg, acts):
     opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
                            fused=True)                                    # Sec. 5.1, 5.6
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
@@ -614,7 +616,7 @@ def train(cfg, acts):
         sums, scalars = {}, {}
         for x, mask in batch:
             with acts.autocast():
-                terms, stats = losses(sae, x, mask, n, step, cfg)
+                terms, stats = compute(sae, x, mask, n, step, cfg)
             sum(terms.values()).backward()
             common.accumulate(sums, terms, **stats)
         if sae.parts["margin"] or sae.parts["orthogonality"]:             # no tokens: once a step

@@ -126,6 +126,7 @@ class Config:
     seed: int = 42                  # weights and order of the data (paper A's seed; not given in E)
     device: str = "auto"            # auto, cpu or cuda
     dtype: str = "auto"             # auto, float32 or bfloat16: matrix products only (D3)
+    compile: bool = False           # torch.compile of the losses: needs a C++ compiler (CPU) or Triton (GPU)
     preset: str = "auto"            # paper, laptop, or auto: laptop on a CPU
     lm_batch: int = 32              # sequences per language-model pass (papers A and D)
     buffer: int = 2048              # sequences harvested and shuffled at a time (papers A and D)
@@ -358,6 +359,7 @@ def train(cfg, acts):
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0,
                             fused=True)                                   # one pass over memory
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
@@ -370,7 +372,7 @@ def train(cfg, acts):
         sums, position_error = {}, 0.0
         for x, mask in batch:
             with acts.autocast():
-                terms, stats, errors = losses(sae, x, mask, n, step, cfg)
+                terms, stats, errors = compute(sae, x, mask, n, step, cfg)
             sum(terms.values()).backward()
             position_error = position_error + errors                      # (2, T)
             common.accumulate(sums, terms, **stats)

@@ -3137,7 +3137,7 @@ def test_speed_neighbour_cosine_of_lists():
 
 
 def test_speed_gathered_topk_trains_resumes_and_splits():
-    flags = ("--activation", "topk", "--k", 4, "--expansion", 2)          # F / k = 32: gathered
+    flags = ("--activation", "topk", "--k", 4, "--expansion", 2, "--dtype", "float32")    # F / k = 32: gathered
     assert common.gather_pays(config(tsae, activation="topk", k=4), 128, torch.device("cpu"))
     with folder():
         for module in (tsae, temporal_lens, mtsae):
@@ -3151,6 +3151,138 @@ def test_speed_gathered_topk_trains_resumes_and_splits():
             for split, whole, dense in zip(*rows):
                 assert abs(split - whole) < 1e-4 * abs(whole) and abs(dense - whole) < 1e-4 * abs(whole), module.__name__
     killed_and_resumed("tsae", "--no-temporal", *flags)
+
+
+def test_speed_harvesting_ahead_changes_no_batch():
+    """Live buffers filled a share at every step serve what buffers filled at once serve, from any step on."""
+    with folder() as here:
+        (plain, _), _ = open_tiny(here, cache="none", steps=12, lm_batch=4)           # 4 batches in a buffer
+        (ahead, _), _ = open_tiny(here, cache="none", steps=12, lm_batch=4)
+        (late, _), _ = open_tiny(here, cache="none", steps=12, lm_batch=4)
+        ahead.ahead = late.ahead = True
+        assert plain.per_fill == 4 and not plain.ahead
+        for step in range(12):
+            (x, mask), = plain.batch(step)
+            (y, other), = ahead.batch(step)
+            assert torch.equal(x, y) and torch.equal(mask, other), step
+            if step < 8:                                                  # its share of the next buffer is there
+                done, n = ahead._buffers[step // 4 + 1].done, len(ahead._buffers[step // 4].rows)
+                assert (step % 4 + 1) / 4 * n <= done <= n and (step % 4 == 3 or done < n)
+            assert len(plain._buffers) == 1 and len(ahead._buffers) == (2 if step < 8 else 1)
+            if step >= 6:                                                 # resumed inside a buffer
+                assert torch.equal(late.batch(step)[0][0], x)
+
+
+def test_speed_processes_share_every_batch():
+    """Cached and live, also where the batch does not divide: the processes' parts are the whole batch."""
+    with folder() as here:
+        for cache in ("cache", "none"):
+            (acts, _), _ = open_tiny(here, cache=cache)
+            whole = sorted(acts.batch(5)[0][0].sum((1, 2)).tolist())
+            parts = []
+            with replaced(common, "world", lambda: 3):
+                for process in range(3):
+                    with replaced(common, "rank", lambda: process):
+                        acts._buffers = {}
+                        parts += acts.batch(5)[0][0].sum((1, 2)).tolist()
+            assert len(whole) == 4 and np.allclose(sorted(parts), whole, atol=1e-2), cache
+        with replaced(common, "world", lambda: 5):
+            try:
+                common.Activations(acts.cfg, acts.lm, 1, acts.train_store, acts.train_store)
+                raise AssertionError("a batch of 4 for 5 processes was accepted")
+            except common.UserError as error:
+                assert "5 processes" in str(error)
+
+
+def test_speed_two_killed_processes_resume_exactly():
+    """torchrun with two gloo processes, killed together after a checkpoint: --resume ends in the same bytes."""
+    with folder() as here:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "tsae.py")]
+        flags = [*map(str, TINY), "--steps", "60", "--dtype", "float32", "--log_every", "1", "--warmup", "40", "--eval", "none"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([*start, *flags, "--out", "killed"], start_new_session=True, **quiet)
+        deadline = time.time() + 240
+        while not (here / "killed/checkpoint.safetensors").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for pid in (*map(int, children), process.pid):                    # SIGKILL: nothing can be saved on the way out
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        assert len(children) >= 2 and not (here / "killed/eval.json").exists(), "the run ended before it could be killed"
+        for args in (["--resume", "killed"], [*flags, "--out", "whole"]):
+            done = subprocess.run(start + args, **quiet)
+            assert done.returncode == 0, done.stderr.decode()[-1000:]
+        for name in ("log.jsonl", "sae_weights.safetensors"):
+            assert (here / "killed" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
+        assert json.loads((here / "killed/config.json").read_text())["world"] == 2
+
+
+def test_speed_compiled_losses_are_the_same():
+    """--compile: terms and gradients of the standard SAE and of TopK as without it."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        skip("no C++ compiler on this machine")
+    for values in (dict(temporal=False), dict(temporal=False, activation="topk", k=1)):
+        cfg = config(tsae, compile=True, **values)
+        sae, x, mask = tsae.TSAE(16, cfg), torch.randn(2, 32, 16), torch.ones(2, 32, dtype=torch.bool)
+        mask[0, 3] = False
+        fast, found = common.compiled(tsae.losses, cfg), []
+        assert fast is not tsae.losses and common.compiled(tsae.losses, config(tsae)) is tsae.losses
+        for function in (fast, tsae.losses):
+            sae.zero_grad()
+            terms, _ = function(sae, x, mask, mask.sum(), 0, cfg)
+            sum(terms.values()).backward()
+            found.append({**{k: v.detach() for k, v in terms.items()}, **{k: p.grad.clone() for k, p in sae.named_parameters()}})
+        for name in found[1]:
+            assert relative(found[0][name], found[1][name]) < 1e-5, (values, name)
+
+
+def test_speed_compile_without_a_compiler_is_one_sentence():
+    with folder() as here:
+        env = {**os.environ, "CXX": str(here / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(here / "inductor"),
+               "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, str(HERE / "tsae.py"), *map(str, TINY), "--no-temporal", "--compile", "--out", "run",
+                               "--device", "cpu"], capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and "--compile" in done.stderr and "Traceback" not in done.stderr, done.stderr[-500:]
+
+
+def throughput():
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import throughput as module
+    return module
+
+
+def test_speed_cost_table_by_hand():
+    module = throughput()
+    toy = dict(blocks=2, D=10, mlp=40, q=10, kv=5, parameters=1e3)
+    block = 10 * 10 + 10 * 5 + 10 * 5 + 10 * 10 + 3 * 10 * 40
+    assert module.flops_per_token(toy, 3) == (2 * 2 * block, 10 * 10 * 30)
+    assert module.flops_per_token(toy, 3, k=2) == (2 * 2 * block, 2 * 10 * 30 + 8 * 10 * 2)
+    gemma = module.MODELS["Gemma-2-2B, layer 19"]
+    assert 3.0e9 < module.flops_per_token(gemma, 1)[0] < 3.2e9            # 2 x 1.56e9 parameters in blocks 0 to 19
+    a = module.ASSUMED
+    one, eight = (module.scaling(gemma, 500e6, gpus, 1) for gpus in (1, 8))
+    lm, sae = module.flops_per_token(gemma, 1)
+    assert abs(one["hours"] * 3600 - 500e6 * (lm / a["lm_use"] + sae / a["sae_use"]) / a["peak_flops"]) < 1e-6 * one["hours"] * 3600
+    assert one["efficiency"] == 1 > eight["efficiency"] and abs(one["disk_TB"] - 500e6 * 2304 * 2 / 1e12) < 1e-9
+
+
+def test_speed_cost_page_is_filled_and_says_not_run():
+    module = throughput()
+    page = (HERE / "benchmarks/README.md").read_text()
+    empty = module.fill_readme(page, None)
+    assert "not run" in empty and module.fill_readme(empty, None) == empty
+    row = {"case": "standard, ReLU", "dtype": "float32", "F/D": 4, "seconds_per_token": 2e-4, "fastest": 1e-4, "slowest": 3e-4,
+           "floor/step": 0.77, "lm_share": 0.6, "peak_bytes": None}
+    table = {"device": "cpu", "layer": 19, "D": 8, "model": "m", "versions": {"cpu": "a, b", "commit": "c"}, "rows": [row],
+             "lm_seconds_per_token": 3e-4, "loops": {"x": {"tokens": 10, "harvest_s": 1.0, "epoch_s": 1.0, "share": 0.5,
+                                                            "peak_rss_GB": 1.0}}}
+    filled = module.fill_readme(page, table)
+    assert "| standard, ReLU | float32 | 4 | 200 | 0.77 | 0.60 | not measured |" in filled and "CUDA: not run" in filled
+    assert "cuda: not run" in module.show(table)
+    for name in re.findall(r"<!-- throughput (\w+) -->", page):
+        body = re.search(rf"<!-- throughput {name} -->\n(.*?)<!-- end -->", filled, flags=re.S)[1]
+        assert len(body) > 40, name
 
 
 # ---------------------------------------------------------------------------------------------

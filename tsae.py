@@ -114,6 +114,7 @@ class Config:
     seed: int = 42                  # weights and order of the data (paper A's seed; not given in C)
     device: str = "auto"            # auto, cpu or cuda
     dtype: str = "auto"             # auto, float32 or bfloat16: matrix products only
+    compile: bool = False           # torch.compile of the losses: needs a C++ compiler (CPU) or Triton (GPU)
     preset: str = "auto"            # paper, laptop, or auto: laptop on a CPU
     lm_batch: int = 32              # sequences per language-model pass (papers A and D)
     buffer: int = 2048              # sequences harvested and shuffled at a time (papers A and D)
@@ -402,6 +403,7 @@ def train(cfg, acts):
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.0,
                             fused=True)                                   # one pass over memory
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():
         # 1. batch: micro-batches that together hold cfg.batch_size sequences
@@ -413,7 +415,7 @@ def train(cfg, acts):
         sums = {}
         for x, mask in batch:
             with acts.autocast():
-                terms, stats = losses(sae, x, mask, n, step, cfg)
+                terms, stats = compute(sae, x, mask, n, step, cfg)
             sum(terms.values()).backward()
             common.accumulate(sums, terms, **stats)
         common.sum_gradients(sae)                                         # across processes

@@ -1,19 +1,29 @@
-"""What a training run costs, against its two floors, measured in one run, interleaved and repeated.
+"""What a training run costs, against its floors, measured in one run, interleaved and repeated.
 
-    python benchmarks/throughput.py [--layer 19] [--repeats 7] [--expansions 1,4,16] [--dtypes float32]
+    python benchmarks/throughput.py [--layer 19] [--repeats 3] [--expansions 1,4,16] [--dtypes float32,bfloat16]
+    python benchmarks/throughput.py readme         # fill benchmarks/README.md from results/throughput.json
 
-1. The SAE step alone (forward, backward, AdamW, renormalisation, every script) on 2048 tokens of random
-   activations, against the five matrix products that a step cannot avoid (encode, decode, and in the backward
-   pass the gradients of W_dec, f and W_enc), timed with torch.mm in the same dtype.
+1. The SAE step alone (forward, backward, AdamW, renormalisation; every script, ReLU and TopK 32) on 2048 tokens of
+   random activations, against the five dense matrix products of a standard SAE (encode, decode, and in the backward
+   pass the gradients of W_dec, f and W_enc), timed with torch.mm in the same dtype. floor / step is above 1 where
+   gathered TopK avoids products. Peak memory: the most that a step held beyond what was there before the case.
 2. The language model to the layer, and the share of a whole run (harvest once, train one epoch) that it takes:
    share = LM time / (LM time + SAE time) for the same number of tokens. Harvesting and training do not overlap
    on a CPU, so the two times add.
-Medians over interleaved repeats; json and a figure into results/.
+3. The whole loop as it is run: harvest of --loop_tokens tokens into a fresh cache, then one epoch, by the wall clock.
+Medians over interleaved repeats; json and a figure into results/. Rows of a device that is not there say "not run".
 """
 import argparse
+import contextlib
+import ctypes
 import importlib
+import io
+import json
+import re
+import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,15 +33,21 @@ import torch
 
 import common
 
-CASES = {  # label: (script, fields that differ)
-    "standard, ReLU": ("tsae", dict(temporal=False)),
-    "standard, TopK 32": ("tsae", dict(temporal=False, activation="topk")),
+TOPK = dict(activation="topk", k=32)
+CASES = {  # label: (script, fields that differ); each with ReLU and with TopK 32
+    "standard": ("tsae", dict(temporal=False)),
     "TSAE": ("tsae", {}),
     "TemporalLens": ("temporal_lens", {}),
     "MTSAE extraction": ("mtsae", dict(variant="extraction")),
     "MTSAE unlearning": ("mtsae", dict(variant="unlearning")),
-    "hierarchical": ("hierarchical_sae", {}),
+    "hierarchical": ("hierarchical_sae", dict(variant="hierarchical")),
+    "hierarchical temporal": ("hierarchical_sae", dict(variant="temporal", gru_divisor=4, sim_rows=576,
+                                                       checkpointing=False)),   # the laptop preset
 }
+CASES = {f"{label}, {name}": (script, {**values, **more}) for label, (script, values) in CASES.items()
+         for name, more in (("ReLU", {}), ("TopK 32", TOPK))}
+LOOPS = {"standard, ReLU, F = D": dict(expansion=1), "standard, TopK 32, F = 8 D": dict(expansion=8, **TOPK)}
+TOKENS = 2048             # of one step
 
 
 class RandomActivations:
@@ -84,8 +100,8 @@ def sync():
 def floor(D, n_features, dtype, repeats):
     """Median seconds of the five matrix products of one step on 2048 tokens."""
     device = common.pick_device()
-    x, f = torch.randn(2048, D, device=device, dtype=dtype), torch.randn(2048, n_features, device=device, dtype=dtype)
-    W, g = torch.randn(D, n_features, device=device, dtype=dtype), torch.randn(2048, D, device=device, dtype=dtype)
+    x, f = torch.randn(TOKENS, D, device=device, dtype=dtype), torch.randn(TOKENS, n_features, device=device, dtype=dtype)
+    W, g = torch.randn(D, n_features, device=device, dtype=dtype), torch.randn(TOKENS, D, device=device, dtype=dtype)
     seconds = []
     for _ in range(repeats):
         sync()
@@ -96,59 +112,270 @@ def floor(D, n_features, dtype, repeats):
     return statistics.median(seconds)
 
 
-def step_seconds(script, values, D, dtype, steps):
-    """Median seconds of a training step of one script."""
+def step_seconds(script, values, D, dtype, steps, skip=1):
+    """Seconds of each training step of one script, without the first `skip`."""
     module = importlib.import_module(script)
-    cfg = module.Config(**{**getattr(module, "VARIANTS", {}).get(values.get("variant"), {}), **values})
+    cfg = module.Config(**{**getattr(module, "VARIANTS", {}).get(values.get("variant"), {}), **values}
+                        if script == "mtsae" else values)
     cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = 16, 0, steps, 128
     real, common.Run = common.Run, Stopwatch
     try:
         module.train(cfg, RandomActivations(D, steps, dtype))
     finally:
         common.Run = real
-    return statistics.median(Stopwatch.current.seconds[2:])
+    return Stopwatch.current.seconds[skip:]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", type=int, default=19)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--expansions", default="1,4")
-    parser.add_argument("--dtypes", default="float32")
-    parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
-    args = parser.parse_args()
+def memory_mark():
+    """Start of a peak measurement -> bytes held now, or None where the system cannot say."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")               # the peak counts anew from here
+        return status_bytes("VmRSS")
+    return None
+
+
+def memory_peak(mark):
+    """Bytes held at the peak since memory_mark, beyond what was held then; None where it cannot be said."""
+    if mark is None:
+        return None
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")) - mark
+
+
+def status_bytes(name):
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def whole_loop(lm, layer, tokens):
+    """Harvest `tokens` into a fresh cache, then one epoch: {case: seconds of both, share, peak RSS}."""
+    import tsae
+    rows = {}
+    for label, values in LOOPS.items():
+        with tempfile.TemporaryDirectory() as here, contextlib.redirect_stderr(io.StringIO()):
+            cfg = tsae.Config(temporal=False, layer=str(layer), data="bundled", tokens=tokens, steps=0, batch_size=16,
+                              lm_batch=16, buffer=tokens // 128, cache=f"{here}/cache", out=f"{here}/run", eval="none", **values)
+            start = time.perf_counter()
+            store = common.open_stores(cfg, lm, [layer], "train")[layer]
+            sync()
+            middle = time.perf_counter()
+            tsae.train(cfg, common.Activations(cfg, lm, layer, store, store))
+            sync()
+            end = time.perf_counter()
+        rows[label] = {"tokens": tokens, "harvest_s": middle - start, "epoch_s": end - middle,
+                       "share": (middle - start) / (end - start),
+                       "peak_rss_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+    return rows
+
+
+def measure(args):
+    """Everything in the docstring -> the table for results/throughput.json."""
     lm = common.load_lm("auto", common.pick_device(), "auto")
     tokens = torch.randint(0, 1000, (8, 129), device=lm.device)
     cases = {k: v for k, v in CASES.items() if any(text in k for text in args.cases.split(","))}
-    rows = {}
+    widths, dtypes = [int(e) for e in args.expansions.split(",")], args.dtypes.split(",")
+    seconds, floors, lms, peaks = {}, {}, [], {}
     for repeat in range(args.repeats):                       # interleaved: every case once a repeat
         start = time.perf_counter()
         common.hidden_states(lm, tokens, [args.layer])
         sync()
-        rows.setdefault("LM", []).append((time.perf_counter() - start) / tokens[:, 1:].numel())
-        for name in args.dtypes.split(","):
-            dtype = getattr(torch, name)
-            for expansion in map(int, args.expansions.split(",")):
-                key = f"{name} F={expansion}D"
-                rows.setdefault(f"{key} floor", []).append(floor(lm.D, expansion * lm.D, dtype, 3) / 2048)
-                for label, (script, values) in cases.items():
-                    seconds = step_seconds(script, {**values, "expansion": expansion}, lm.D, dtype, 6)
-                    rows.setdefault(f"{key} {label}", []).append(seconds / 2048)
-    median = {label: statistics.median(values) for label, values in rows.items()}
-    table = {"seconds_per_token": median, "lm_tokens_per_s": 1 / median["LM"], "layer": args.layer, "D": lm.D,
-             "versions": common.versions(), "repeats": args.repeats, "share_of_lm_only_rate": {}, "share_of_floor": {}}
-    print(f"LM to block {args.layer}: {1 / median['LM']:,.0f} tokens/s")
-    print(f"{'case':<42} {'tokens/s':>10} {'floor/step':>11} {'run/LM-only':>12} {'min-max':>15}")
-    for label, value in median.items():
-        if label == "LM" or label.endswith("floor"):
-            continue
-        key = " ".join(label.split()[:2]) + " floor"
-        table["share_of_floor"][label] = median[key] / value
-        table["share_of_lm_only_rate"][label] = median["LM"] / (median["LM"] + value)
-        spread = f"{1 / max(rows[label]):,.0f}-{1 / min(rows[label]):,.0f}"
-        print(f"{label:<42} {1 / value:>10,.0f} {median[key] / value:>11.2f} "
-              f"{table['share_of_lm_only_rate'][label]:>12.2f} {spread:>15}")
-    common.write_json(HERE / "results" / "throughput.json", table)
+        lms.append((time.perf_counter() - start) / tokens[:, 1:].numel())
+        for key in ((d, e) for d in dtypes for e in widths):
+            dtype, D = getattr(torch, key[0]), lm.D
+            floors.setdefault(key, []).append(floor(D, key[1] * D, dtype, 2))
+            for label, (script, values) in cases.items():
+                mark = memory_mark()
+                took = step_seconds(script, {**values, "expansion": key[1]}, D, dtype, 3)
+                seconds.setdefault((*key, label), []).extend(took)
+                peaks[(*key, label)] = memory_peak(mark)
+        print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr, flush=True)
+    table = {"device": str(common.pick_device()), "layer": args.layer, "D": lm.D, "model": lm.name,
+             "versions": common.versions(), "repeats": args.repeats, "lm_seconds_per_token": statistics.median(lms),
+             "rows": []}
+    for (dtype, expansion, label), values in seconds.items():
+        value, lowest = statistics.median(values), statistics.median(floors[dtype, expansion])
+        table["rows"].append({
+            "case": label, "dtype": dtype, "F/D": expansion, "seconds_per_token": value / TOKENS,
+            "fastest": min(values) / TOKENS, "slowest": max(values) / TOKENS, "floor/step": lowest / value,
+            "lm_share": table["lm_seconds_per_token"] / (table["lm_seconds_per_token"] + value / TOKENS),
+            "peak_bytes": peaks[dtype, expansion, label]})
+    table["loops"] = whole_loop(lm, args.layer, args.loop_tokens) if args.loop_tokens else {}
+    return table
+
+
+def show(table):
+    """The table in lines of text."""
+    lines = [f"LM to block {table['layer']}: {1 / table['lm_seconds_per_token']:,.0f} tokens/s on {table['device']}",
+             f"{'dtype':<9} {'F/D':>3} {'case':<32} {'tokens/s':>9} {'min-max':>17} {'floor/step':>10} {'LM share':>8} {'peak MB':>8}"]
+    for row in table["rows"]:
+        spread = f"{1 / row['slowest']:,.0f}-{1 / row['fastest']:,.0f}"
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
+        lines.append(f"{row['dtype']:<9} {row['F/D']:>3} {row['case']:<32} {1 / row['seconds_per_token']:>9,.0f} {spread:>17} "
+                     f"{row['floor/step']:>10.2f} {row['lm_share']:>8.2f} {peak:>8}")
+    for label, row in table["loops"].items():
+        lines.append(f"whole loop, {label}: harvest {row['harvest_s']:.1f} s, epoch {row['epoch_s']:.1f} s for {row['tokens']:,} "
+                     f"tokens; harvest alone is {row['share']:.2f} of it")
+    if table["device"] == "cpu":
+        lines.append("cuda: not run (no CUDA device here)")
+    return "\n".join(lines)
+
+
+def draw(table, path):
+    """floor / step over the width, a panel for each dtype; one line for each case."""
+    plt = common.pyplot()
+    dtypes = sorted({row["dtype"] for row in table["rows"]}, reverse=True)
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(7 * len(dtypes), 6), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(row["case"].rsplit(", ", 1)[0] for row in table["rows"]))
+    for axis, dtype in zip(axes[0], dtypes):
+        for label in dict.fromkeys(row["case"] for row in table["rows"]):
+            rows = [row for row in table["rows"] if row["case"] == label and row["dtype"] == dtype]
+            axis.plot([row["F/D"] for row in rows], [row["floor/step"] for row in rows], "o-" if "ReLU" in label else "s--",
+                      color=f"C{names.index(label.rsplit(', ', 1)[0])}", label=label)
+        axis.axhline(1.0, color="grey", linewidth=1)
+        axis.set(xscale="log", xlabel="F / D", ylabel="time of five dense products / time of a step",
+                 title=f"{dtype} on {table['device']} ({table['versions']['cpu'].split(', ')[1]})")
+        axis.set_xticks(sorted({row["F/D"] for row in table["rows"]}), sorted({row["F/D"] for row in table["rows"]}))
+        axis.minorticks_off()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs at scale: arithmetic from published shapes and assumptions stated here, not measurements
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODELS = {  # blocks to the layer read, D, width of the MLP, query width, key/value width, parameters of the whole model
+    "Gemma-2-2B, layer 19": dict(blocks=20, D=2304, mlp=9216, q=2048, kv=1024, parameters=2.6e9),
+    "27B (Gemma-2-27B's shape), layer 35": dict(blocks=36, D=4608, mlp=36864, q=4096, kv=2048, parameters=27.2e9),
+}
+ASSUMED = {
+    "peak_flops": 989e12,     # one H100 SXM, bf16, dense (data sheet)
+    "lm_use": 0.40,           # share of the peak that a forward pass reaches (assumed)
+    "sae_use": 0.25,          # share of the peak that the SAE step reaches (assumed: memory passes, fp32 master weights)
+    "link_8": 200e9,          # bytes/s of an all-reduce on each GPU inside a node of 8 (assumed)
+    "link_64": 25e9,          # and between nodes (assumed)
+    "tokens_per_step": 2048,  # the papers' batch
+}
+
+
+def flops_per_token(model, F_over_D, k=0):
+    """(LM forward to the layer, SAE step) of one token.
+
+    LM: 2 x parameters of the blocks (attention's T x T products, under 2 % at T = 128, left out). SAE: five products
+    of D x F are 10 D F; with gathered TopK one of them stays dense: 2 D F + 8 D k.
+    """
+    D, F = model["D"], F_over_D * model["D"]
+    block = 2 * D * model["q"] + 2 * D * model["kv"] + 3 * D * model["mlp"]
+    return 2 * block * model["blocks"], 2 * D * F + 8 * D * k if k else 10 * D * F
+
+
+def scaling(model, tokens, gpus, F_over_D, k=0):
+    """Hours and GPU-hours of one epoch without a cache, and what the disk and one GPU must hold.
+
+    hours = (LM + SAE arithmetic) / (gpus x peak x use) + all-reduces; an all-reduce moves 2 x 8 D F bytes (fp32
+    gradients of W_enc and W_dec, each sent and received) a step over the link of that many GPUs.
+    """
+    a = ASSUMED
+    lm, sae = flops_per_token(model, F_over_D, k)
+    compute = tokens * (lm / a["lm_use"] + sae / a["sae_use"]) / (gpus * a["peak_flops"])
+    gradient = 8 * model["D"] ** 2 * F_over_D
+    link = {1: float("inf")}.get(gpus, a["link_8"] if gpus <= 8 else a["link_64"])
+    reduce = tokens / a["tokens_per_step"] * 2 * gradient / link
+    return {"hours": (compute + reduce) / 3600, "gpu_hours": gpus * (compute + reduce) / 3600,
+            "lm_share": (lm / a["lm_use"]) / (lm / a["lm_use"] + sae / a["sae_use"]),
+            "efficiency": compute / (compute + reduce), "disk_TB": 2 * model["D"] * tokens / 1e12,
+            # bf16 LM + fp32 weights, gradients and two moments + two bf16 buffers of 2048 x 128 tokens
+            "gpu_GB": (2 * model["parameters"] + 4 * gradient + 2 * 2 * 2048 * 128 * model["D"] / gpus) / 1e9}
+
+
+def scaling_table(F_over_D, k):
+    lines = ["| model | tokens | disk with a cache | GPUs | hours | GPU-hours | LM's share | all-reduce leaves | memory a GPU | measured |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for name, model in MODELS.items():
+        for tokens in (10e6, 500e6, 4e9):
+            for gpus in (1, 8, 64):
+                s = scaling(model, tokens, gpus, F_over_D, k)
+                lines.append(f"| {name} | {tokens / 1e6:,.0f} M | {s['disk_TB']:.3g} TB | {gpus} | {s['hours']:.3g} | {s['gpu_hours']:.3g} | "
+                             f"{s['lm_share']:.0%} | {s['efficiency']:.0%} | {s['gpu_GB']:.0f} GB | not run |")
+    return "\n".join(lines)
+
+
+def memory_table():
+    """Bytes by formula: buffer of 2048 x 128 tokens, SAE with gradients and AdamW, activations of a step of 2048 tokens."""
+    lines = ["| D | F / D | live buffer (bf16, one process) | weights, gradients, AdamW | dense step's activations |", "|---|---|---|---|---|"]
+    for D in (576, 2304, 4608):
+        for expansion in (1, 16):
+            sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * TOKENS * expansion * D * 4
+            lines.append(f"| {D} | {expansion} | " + " | ".join(f"{size / 1e9:.2f} GB" for size in sizes) + " |")
+    return "\n".join(lines)
+
+
+def limits():
+    """Where an all-reduce takes as long as the arithmetic, by the same formulas, in sentences."""
+    lines = []
+    for name, model in MODELS.items():
+        for F_over_D, k in ((1, 0), (16, 32)):
+            one, many = scaling(model, 1e9, 8, F_over_D, k), scaling(model, 1e9, 64, F_over_D, k)
+            lines.append(f"- {name}, F = {F_over_D} D{', TopK 32' if k else ''}: 8 GPUs keep {one['efficiency']:.0%} of their arithmetic, "
+                         f"64 GPUs {many['efficiency']:.0%}; from 8 to 64 the run gets {one['hours'] / many['hours']:.1f} times as fast.")
+    return "\n".join(lines)
+
+
+def parts_table(table):
+    """Measured cost a token of each part: the language model, and every case at F = D and at the widest, by dtype."""
+    if table is None:
+        return "not run"
+    lm = table["lm_seconds_per_token"]
+    lines = ["| part | dtype | F / D | microseconds a token | floor / step | LM's share of a run | peak memory of the step |",
+             "|---|---|---|---|---|---|---|", f"| LM to block {table['layer']} | | | {lm * 1e6:,.0f} | | | |"]
+    for row in table["rows"]:
+        peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
+        lines.append(f"| {row['case']} | {row['dtype']} | {row['F/D']} | {row['seconds_per_token'] * 1e6:,.0f} | {row['floor/step']:.2f} | "
+                     f"{row['lm_share']:.2f} | {peak} |")
+    for label, row in table["loops"].items():
+        whole = (row["harvest_s"] + row["epoch_s"]) / row["tokens"]
+        lines.append(f"| whole loop, {label}: {row['tokens']:,} tokens | | | {whole * 1e6:,.0f} | | {row['share']:.2f} | "
+                     f"process {row['peak_rss_GB']:.2f} GB |")
+    lines.append(f"\nDevice: {table['device']}; {table['versions']['cpu']}; {table['model']}, D = {table['D']}; commit "
+                 f"{table['versions']['commit']}." + (" CUDA: not run." if table["device"] == "cpu" else ""))
+    return "\n".join(lines)
+
+
+def fill_readme(text, table):
+    """Replace what stands between `<!-- throughput NAME -->` and `<!-- end -->`."""
+    bodies = {"parts": parts_table(table), "scaling": scaling_table(1, 0), "scaling16": scaling_table(16, 32), "limits": limits(),
+              "memory": memory_table(),
+              "assumed": "\n".join(f"- `{name}` = {value:g}" for name, value in ASSUMED.items())}
+    return re.sub(r"<!-- throughput (\w+) -->\n.*?<!-- end -->",
+                  lambda match: f"<!-- throughput {match[1]} -->\n{bodies[match[1]]}\n<!-- end -->", text, flags=re.S)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("measure", "readme"), default="measure")
+    parser.add_argument("--layer", type=int, default=19)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--expansions", default="1,4,16")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
+    parser.add_argument("--loop_tokens", type=int, default=8192, help="tokens of the whole loop; 0 = leave it out")
+    parser.add_argument("--out", default=str(HERE / "results"), help="folder of throughput.json and throughput.png")
+    args = parser.parse_args()
+    path = Path(args.out) / "throughput.json"
+    if args.what == "readme":
+        readme = HERE / "benchmarks" / "README.md"
+        table = json.loads(path.read_text()) if path.exists() else None
+        readme.write_text(fill_readme(readme.read_text(), table if table and "rows" in table else None))
+        return
+    table = measure(args)
+    print(show(table))
+    common.write_json(path, table)
+    draw(table, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
