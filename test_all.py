@@ -3929,7 +3929,7 @@ def test_docs_commands_parse():
     import importlib
     count = 0
     for name, text in documents().items():
-        for script, flags in re.findall(r"python (\w+)\.py([^\n`#|]*)", text):
+        for script, flags in re.findall(r"python (\w+)\.py([^\n`#|]*)", text.replace("\\\n", " ")):
             assert (HERE / f"{script}.py").exists(), (name, script)
             if script in SCRIPTS:
                 module = importlib.import_module(script)
