@@ -3977,12 +3977,19 @@ def test_docs_names_exist():
 def test_docs_picture_shows_what_its_title_says():
     sys.path.insert(0, str(HERE / "benchmarks"))
     import picture
+
+    class Codes(nn.Module):
+        def encode(self, x, mask=None):
+            return x
+
+        def forward(self, x, mask=None):
+            return x, x
     f = torch.tensor([[1, 0, 3], [1, 2, 0], [0, 2, 2], [1, 2, 9.0]])            # stretches 2, 1; 3; 1, 2
     assert math.isclose(picture.stretches(f), 9 / 5, rel_tol=1e-6)
     x = torch.cat([torch.zeros(1, 4, 3), f[None]], 1)                           # (1, 8, 3)
     store = common.ArrayStore(x)
     acts = types.SimpleNamespace(heldout_store=store, device="cpu", T=8, heldout=lambda size=16: iter([store.get(torch.arange(1), "cpu")]))
-    shown = picture.view(types.SimpleNamespace(encode=lambda x, mask: x), acts, 0, 4, 8, 2)
+    shown = picture.view(Codes(), acts, 0, 4, 8, 2)
     assert shown["features"] == [1, 2], "the two with most activation, 6 and 14, the earlier one first"
     assert torch.allclose(shown["share"] * torch.tensor([[2.0], [9]]), f[:, 1:].t()) and shown["L0"] == 9 / 4
     assert math.isclose(shown["stretch_all"], 9 / 5, rel_tol=1e-6)
