@@ -299,11 +299,26 @@ def collect(suite):
 
 COLUMNS = {"EV": "core.EV", "L0": "core.L0", "neighbour cosine": "temporal.neighbour_cosine",
            "total variation": "temporal.total_variation", "dead": "core.dead", "CE score": "core.ce_loss_score",
-           "span": "temporal.span"}
+           "span": "temporal.span", "probe k=1": "probing.sae_top_1", "probe k=5": "probing.sae_top_5",
+           "early error": "position.no_sink.early_error", "with the sink": "position.sink_fitted.early_error",
+           "weight-error r": "position.weight_difficulty_r", "mean mask": "masks.mean_mask",
+           "r with first draw": "masks.r_with_first_draw", "span by position": "span.median",
+           "error against full": "paired.a_against_b", "routing entropy": "levels.entropy",
+           "seconds": "train_seconds", "score": "unlearning.score", "crossed": "unlearning.crossed_drop",
+           "kept": "unlearning.crossed_kept", "random features": "unlearning.random",
+           "most active": "unlearning.most_active", "eligible features": "unlearning.eligible"}
 
 
-def show(table, columns=tuple(COLUMNS)):
-    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed."""
+def causal(command):
+    """Whether this row's encoder sees no later token."""
+    script = re.search(r"(\w+)\.py", command)[1]
+    mixes = script == "mtsae" or script == "hierarchical_sae" and "--variant" not in command
+    return not mixes or "causal" in command
+
+
+def show(table, columns=None):
+    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed; columns: those with values."""
+    columns = columns or [c for c, name in COLUMNS.items() if any(name in row["mean"] for row in table.values())]
     lines = ["| row | seeds | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for label, row in table.items():
         cells = []
@@ -313,6 +328,8 @@ def show(table, columns=tuple(COLUMNS)):
             digits = 1 if mean is not None and abs(mean) >= 10 else 3
             cells.append("" if mean is None else f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}"))
         label = label.removesuffix(" | layer 19").replace(" | ", ", ").strip()
+        if "core.ce_loss_score" in row["mean"] and "CE score" in columns and not causal(row["command"]):
+            label += " †"
         lines.append(f"| {label} | {len(row['seeds'])} | {min(row['steps'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
