@@ -427,12 +427,12 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
     #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_adv L_adv
     recon = error.pow(2).sum() / n   # EXERCISE 11
     # logged, not part of the loss
-    stats = {"error": recon, "active": ((f > 0) & mask[..., None]).sum() / n}
+    stats = {"error": recon, "active": (f.detach().sign().sum(-1) * mask).sum() / n}   # f >= 0
     if cfg.recon_reduction == "mean":                                     # UNSPECIFIED U13
         recon = recon / x.shape[-1]
     terms = {"recon": recon}
     if cfg.activation == "relu":
-        terms["l1"] = cfg.l1 * (f * mask[..., None]).sum() / n   # f >= 0: the L1 norm is the sum
+        terms["l1"] = cfg.l1 * (f.sum(-1) * mask).sum() / n   # f >= 0: the L1 norm is the sum
     if sae.levels > 1:
         terms["routing"] = cfg.routing_weight * routing_loss(gate, mask) / n
     if sae.parts["temporal"] and cfg.lambda_temp:

@@ -294,7 +294,8 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - positio
     # Eq. 1 (Sec. 3.1) is the same with w_t = 1
     w = mask.float() if cfg.uniform_weights else mask * position_weights(sae)   # (B, T)   ABLATION
     recon = (w * error).sum() / n
-    stats = {"error": error.sum() / n, "active": ((f > 0).sum(-1) * mask).sum() / n}   # logged only
+    active = f.detach().sign().sum(-1)                                    # (B, T), f >= 0
+    stats = {"error": error.sum() / n, "active": (active * mask).sum() / n}   # logged only
     if cfg.recon_reduction == "mean":                                     # ABLATION: collapses
         recon = recon / x.shape[-1]
     terms = {"recon": recon}

@@ -3285,6 +3285,17 @@ def test_speed_cost_page_is_filled_and_says_not_run():
         assert len(body) > 40, name
 
 
+def test_speed_whole_loop_is_timed():
+    """Harvest and one epoch of a tiny model by the wall clock, both cases; nothing is left behind."""
+    with folder() as here:
+        rows = throughput().whole_loop(tiny_lm(), 1, 4096, str(some_text(here / "text.jsonl", n=9000)))
+        assert list(rows) == ["standard, ReLU, F = D", "standard, TopK 32, F = 8 D"]
+        for row in rows.values():
+            assert row["tokens"] == 4096 and row["harvest_s"] > 0 and row["epoch_s"] > 0 and row["peak_rss_GB"] > 0.05
+            assert abs(row["share"] - row["harvest_s"] / (row["harvest_s"] + row["epoch_s"])) < 1e-9
+        assert [path.name for path in here.iterdir()] == ["text.jsonl"]
+
+
 # ---------------------------------------------------------------------------------------------
 # Claims: the ledger in results/claims.json and claims.md (benchmarks/claims.py)
 # ---------------------------------------------------------------------------------------------

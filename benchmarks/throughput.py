@@ -150,13 +150,13 @@ def status_bytes(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def whole_loop(lm, layer, tokens):
+def whole_loop(lm, layer, tokens, data="bundled"):
     """Harvest `tokens` into a fresh cache, then one epoch: {case: seconds of both, share, peak RSS}."""
     import tsae
     rows = {}
     for label, values in LOOPS.items():
         with tempfile.TemporaryDirectory() as here, contextlib.redirect_stderr(io.StringIO()):
-            cfg = tsae.Config(temporal=False, layer=str(layer), data="bundled", tokens=tokens, steps=0, batch_size=16,
+            cfg = tsae.Config(temporal=False, layer=str(layer), data=data, tokens=tokens, steps=0, batch_size=16,
                               lm_batch=16, buffer=tokens // 128, cache=f"{here}/cache", out=f"{here}/run", eval="none", **values)
             start = time.perf_counter()
             store = common.open_stores(cfg, lm, [layer], "train")[layer]
