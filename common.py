@@ -2023,8 +2023,8 @@ PAIRS = {"code, keeping prose": (("corpus", ["code"]), ("corpus", ["prose"])),
          "Shakespeare, keeping prose": (("shakespeare", None), ("corpus", ["prose"]))}
 UNLEARN_THRESHOLDS = (0.001, 0.01, 0.1)     # SAEBench's, and 0.1 for codes too dense for them
 UNLEARN_N = (10, 20)                        # SAEBench's
-UNLEARN_MULTIPLIERS = (0, 1, 3, 10, 30)     # times each feature's mean active value; 0 removes the feature
-UNLEARN_WINDOWS = dict(select=24, score=32)   # windows of T tokens a domain: select from the training split
+UNLEARN_MULTIPLIERS = (0, 3, 10)            # times each feature's mean active value; 0 removes the feature
+UNLEARN_WINDOWS = dict(select=24, score=24)   # windows of T tokens a domain: select from the training split
 KEEP = 0.99                                 # SAEBench: the share of the retain accuracy that must stay
 HOPELESS = 0.98                             # below it, larger multipliers are not tried: assumed to do more damage
 
@@ -2153,9 +2153,10 @@ def unlearn_pair(sae, acts, forget, retain):
         """(drop, index) by SAEBench's rule on these windows; (0, None) if no setting helps."""
         drops = [(1 - share(f, 0, part), i) for i, (_, f, r) in enumerate(tried) if share(r, 1, part) >= KEEP]
         return max([d for d in drops if d[0] > 0], default=(0.0, None))
-    rows = []
+    rows, any_feature = [], any(features for _, _, features in plans["sae"])
     for method, plan in plans.items():
         tried, done = [], [[]]
+        plan = plan if any_feature else []                 # nothing to select: 0, and no need of a comparison
         for threshold, n, features in plan:
             if features in done:                           # nothing to clamp, or the same set again
                 continue
