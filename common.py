@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 HOME = Path(os.environ.get("TEMPORAL_SAE_HOME", Path.home() / ".cache" / "temporal-sae"))   # model copies
-SINK_RATIO = 10.0      # a token whose norm exceeds this many medians is an attention sink (FIDELITY: 100x)
+SINK_RATIO = 10.0      # a token whose norm exceeds this many medians is an attention sink; theirs is about 100
 MIN_TAIL = 16          # a document's last window is kept if it has at least this many tokens; not tuned
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA = "google/gemma-2-2b"

@@ -881,7 +881,7 @@ def test_mtsae_paper_d_branches_equal_conv1d_and_layernorm():
 
 
 def test_mtsae_receptive_field_is_16_tokens_not_128():
-    """FIDELITY fact 5; and a causal encoder never sees t + 1."""
+    """The reach is the largest rate, 16, not 128; and a causal encoder never sees t + 1."""
     for padding, reach in (("circular", {24, 28, 30 - 1, 30, 31, 34, 14, 46 % 40}), ("causal", None)):
         sae, _ = mts(padding=padding, batch_norm="off")
         sae.b_enc.data.fill_(10.0)                          # every feature on: the code is linear

@@ -277,7 +277,7 @@ def losses(sae, x, mask, n, step, cfg):
     # logged, not part of the loss; signs are added up 7 times as fast as truth values
     active = F.relu(f.detach()).sign().sum(-1)                            # (B, T)
     stats = {"error": recon, "active": (active * mask).sum() / n}
-    if cfg.recon_reduction == "mean":   # ABLATION: fact 3's collapse   # EXERCISE 1
+    if cfg.recon_reduction == "mean":   # ABLATION: collapses   # EXERCISE 1
         recon = recon / x.shape[-1]
     terms = {"recon": recon}
     if cfg.activation == "relu":
