@@ -1554,14 +1554,15 @@ def splice_sums(original, spliced, ablated, tokens, mask, counted):
     """Sums of cross-entropy and KL over one batch of logits (B, L, V) for tokens (B, L), as SAEBench counts.
 
     mask (B, L): unmasked tokens. CE of the next token is kept where the *source* token is unmasked; `counted`
-    (B, L) drops targets that are padding. KL(original || .) is taken at every unmasked position.
+    (B, L) drops targets that are padding. KL(original || .) is taken at every unmasked position. ablated may be None.
     """
     source = mask[:, :-1] & counted[:, 1:]
     target = tokens[:, 1:][source][:, None]
-    logs = {name: v.float().log_softmax(-1) for name, v in (("", original), ("_sae", spliced), ("_zero", ablated))}
+    logs = {name: v.float().log_softmax(-1) for name, v in (("", original), ("_sae", spliced), ("_zero", ablated))
+            if v is not None}
     sums = {f"ce{name}": -v[:, :-1][source].gather(-1, target).double().sum().item() for name, v in logs.items()}
     p = logs[""][mask].exp()
-    for name in ("_sae", "_zero"):
+    for name in logs.keys() - {""}:
         sums[f"kl{name}"] = (p * (logs[""][mask] - logs[name][mask])).double().sum().item()
     return {**sums, "ce_tokens": source.sum().item(), "kl_tokens": mask.sum().item()}
 
@@ -1576,6 +1577,9 @@ def splice_scores(sums):
             "kl_div_score": (kl_zero - kl_sae) / kl_zero if kl_zero else math.nan}
 
 
+MEMO = 2e8           # logits kept for the next SAE, at most (0.4 GB in bf16): 16 windows of SmolLM2, not of Gemma
+
+
 @torch.no_grad()
 def splice_metrics(sae, acts, n_windows=16, batch=4):
     """CE and KL with the reconstruction spliced into the LM, against the LM itself and a zero ablation.
@@ -1585,18 +1589,28 @@ def splice_metrics(sae, acts, n_windows=16, batch=4):
     """
     lm, store, sums = acts.lm, acts.heldout_store, {}
     resume = resume_from(lm, acts.layer, store.tokens[:1].long().to(lm.device))
+    key = ("splice", acts.layer, store.threshold, hashlib.sha256(store.tokens[:n_windows].numpy().tobytes()).hexdigest())
+    kept = lm.memo.setdefault(key, {})                     # what no SAE changes
     for rows in torch.arange(min(n_windows, store.N)).split(batch):
         tokens = store.tokens[rows].long().to(lm.device)
         mask = store.get(rows, lm.device)[1]
         counted = torch.arange(tokens.shape[1], device=lm.device) <= store.lengths[rows, None].to(lm.device)
-        states = []
-        with intervene(lm, acts.layer, lambda h: states.append(h) or h):
-            original = lm.model(input_ids=tokens, use_cache=False).logits
-        logits = []
-        for h in (reconstruct_edit(sae, mask)(states[0]), torch.zeros_like(states[0])):
+
+        def logits(h):
             with resume(h):                                # the blocks below need not run again
-                logits.append(lm.model(input_ids=tokens, use_cache=False).logits)
-        part = splice_sums(original, *logits, tokens, F.pad(mask, (1, 0)), counted)
+                return lm.model(input_ids=tokens, use_cache=False).logits
+        states, original, zero = kept.get(int(rows[0]), (None, None, None))
+        if states is None:
+            seen = []
+            with intervene(lm, acts.layer, lambda h: seen.append(h) or h):
+                original = lm.model(input_ids=tokens, use_cache=False).logits
+            states = seen[0]
+        spliced = logits(reconstruct_edit(sae, mask)(states))
+        ablated = logits(torch.zeros_like(states)) if zero is None else None
+        part = splice_sums(original, spliced, ablated, tokens, F.pad(mask, (1, 0)), counted)
+        part.update(zero or {})
+        if original.numel() * n_windows / len(rows) < MEMO:
+            kept[int(rows[0])] = states, original, {name: part[name] for name in ("ce_zero", "kl_zero")}
         sums = {name: sums.get(name, 0) + value for name, value in part.items()}
     return {**splice_scores(sums), "ce_tokens": sums["ce_tokens"]}
 
