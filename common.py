@@ -172,6 +172,8 @@ def check(cfg):
     for name in POSITIVE:
         if getattr(cfg, name, 1) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(cfg, name)}.")
+    if cfg.T < 2:
+        raise UserError(f"--T must be 2 tokens or more, not {cfg.T}: a window of one token has no time in it.")
     if cfg.steps < 0:
         raise UserError(f"--steps must be 0 (one pass over the tokens) or more, not {cfg.steps}.")
     for name in filter(None, cfg.eval.split(",")):
@@ -902,7 +904,9 @@ def open_stores(cfg, lm, layers, split, thresholds=None):
     if cfg.cache == "none":
         tokens, lengths = windows_of(cfg, lm, split)
         thresholds = thresholds or sink_threshold(lm, tokens, lengths, layers, cfg.lm_batch)
-        return {layer: Store(lm, layer, tokens, lengths, thresholds[layer]) for layer in layers}
+        sinks = hidden_states(lm, tokens[:1, :1].long().to(lm.device), layers)         # BOS alone: it sees itself only
+        return {layer: Store(lm, layer, tokens, lengths, thresholds[layer], sink=sinks[layer][0, 0].float().cpu())
+                for layer in layers}
     folder, key = cache_folder(cfg, lm, split)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):                                   # a second process waits, then finds it done
@@ -1455,6 +1459,10 @@ class Run:
 # ---------------------------------------------------------------------------------------------
 
 
+NOTHING_SCORED = ("no scored held-out token: all are special, padding or attention sinks; take more text with "
+                  "--heldout_tokens or other --data.")
+
+
 @torch.no_grad()
 def core(sae, acts, ce_windows=16):
     """Core metrics on the held-out windows; with a language model also cross-entropy and KL (splice_metrics)."""
@@ -1504,7 +1512,9 @@ def core_metrics(batches, W_dec=None, W_enc=None):
         per_batch.append([v.mean().item() for v in (square, error)] + [(out.mean() / dot.mean()).item()])
         n, mean = n + len(x), mean + x.sum(0)
         active, mass = active + (f > 0).double().sum(0), mass + f.double().sum(0)
-    density, D = active / max(n, 1), len(mean)
+    if n == 0:
+        raise UserError(NOTHING_SCORED)
+    density, D = active / n, len(mean)
     S, R, bias = np.mean(per_batch, axis=0).tolist()
     token_means = {name: sums[name] / n for name in names}
     result = {"EV": 1 - sums["error"] / (sums["square"] - (mean.pow(2).sum() / n).item()),
@@ -1653,7 +1663,9 @@ def temporal(sae, acts, max_lag=64):
             m = moments[lag]
             m[0], m[1], m[2] = m[0] + (a * b).double().sum(), m[1] + a.double().sum((0, 1)), m[2] + b.double().sum((0, 1))
             m[3] += ok.sum().item()
-    mean = total_sum / tokens
+    if tokens == 0:
+        raise UserError(NOTHING_SCORED)
+    mean, pairs = total_sum / tokens, max(pairs, 1)                       # without any pair: 0
     variance = (total_square / tokens - mean.pow(2).sum()).item()
     auto = {}
     for lag, (ab, a, b, count) in moments.items():
@@ -1966,7 +1978,10 @@ def probe_report(samples, baselines=None):
     """
     per_task, out, known = [], {}, {}
     if baselines is not None and baselines.exists():
-        known = read_json(baselines)
+        try:
+            known = {task: dict(scores) for task, scores in read_json(baselines).items()}
+        except (UserError, AttributeError, TypeError, ValueError) as error:
+            say(f"probing: {baselines} is not usable ({error}); fitting the baselines again.")
     for task, splits in samples.items():
         scores = probe_task(splits["train"], splits["test"], only=("sae",) if task in known else ("sae", "residual", "pca"))
         known.setdefault(task, {key: value for key, value in scores.items() if not key.startswith("sae")})
@@ -2053,7 +2068,8 @@ def unlearning(sae, acts):
     SAEBench clamps to -25 ... -200 in raw units; features here are in units of normalised activations, so multipliers
     count each feature's own mean active value. Beside it: the same sweep over random features and over those most
     often on in the forget domain, whatever they do elsewhere. An SAE with no selectable feature scores 0
-    (eligible_features: their number by threshold).
+    (eligible_features: their number by threshold). The multipliers of a set of features are tried in order and no
+    further than one that leaves less than 98 %: that a larger one only does more damage is an assumption.
     """
     if acts.lm is None:
         return {"skipped": ["unlearning: synthetic data has no text"]}
@@ -2311,7 +2327,7 @@ def wmdp_sweep(sae, acts, lm, questions, forget, retain, n_tokens=2**20):
             features = select_features(*on, threshold, n)
             for multiplier in WMDP_SWEEP["multipliers"] if features else ():
                 def edit(mask):
-                    return clamp_edit(sae, features, multiplier / acts.scale, mask, limit)
+                    return clamp_edit(sae, features, multiplier / float(sae.scale), mask, limit)
                 right = {name: sum(answer_right(lm, rows, (0, 1, 2, 3), WMDP[name], layer, edit))
                          for name, rows in questions.items()}
                 forgot = right["wmdp-bio"] / counted["wmdp-bio"]

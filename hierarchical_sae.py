@@ -66,7 +66,9 @@ What the paper leaves open, and how it is settled here
                     of the gradient of Eq. 16 at the code, out of the *previous* step's backward
                     pass (no second pass; L_adv does not depend on z, so nothing is circular).
     UNSPECIFIED U4  c_psi. Code: cosine of the codes, each feature times a learned positive weight;
-                    in [0, 1] because codes are >= 0. --consistency cosine: no weights.
+                    in [0, 1] because codes are >= 0. --consistency cosine: no weights. The weights
+                    can lower 1 - c_psi without any change of the code, by moving to always-on
+                    features.
     UNSPECIFIED U5  The contrastive pairs. Code: InfoNCE on c_psi / 2.0; z_{t+1} is z_t's positive,
                     the window's other scored tokens are negatives (against the constant code that
                     1 - c_psi alone would reward). With tau = 2 it can gain half a nat at most.
@@ -83,19 +85,24 @@ What the paper leaves open, and how it is settled here
     UNSPECIFIED U12 Which variant has which part: the table VARIANTS, read off Sec. 6.3.
     UNSPECIFIED U13 k of R^k (Code: F = D, --expansion), position embeddings (Code: none), the
                     reduction of the squared error (Code: summed over D; --recon_reduction mean).
+    UNSPECIFIED U14 Initial values. Code: W_enc = W_dec^T, random rows; b_enc = 0; b_dec the mean
+                    activation, as in tsae.py.
     DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), and
                     attention-sink tokens are masked, as in all four scripts.
-    DEVIATION D2    Decoder rows have norm 1 (not in the paper): else long rows escape the L1.
+    DEVIATION D2    Decoder rows have norm 1, else long rows escape the L1, and their gradient loses
+                    its part along the row. The paper names plain Adam and neither of the two.
     DEVIATION D3    s_i is computed for at most --sim_rows random features a step (all up to F =
                     2304), the sum scaled up: all pairs of 36,864 would cost more than the step.
 
 Predict before you run. A margin mu + 2 sigma follows s_i. Under a steady drift sigma grows to the
-lag of mu, so s_i stays *below* its margin; under pure noise 1 % of the features exceed it. The
-margin answers to jumps only, whatever its decay: compare Sec. 6.2's "no significant impact".
+lag of mu, so s_i stays *below* its margin; under pure noise about 2 % of the features exceed it
+(alpha = 0.95). The margin answers to jumps only, whatever its decay: compare Sec. 6.2's "no
+significant impact".
 
 Ablations (Sec. 6.2): --no-conv | --no-adapt, --margin_decay 0.9 | --percentile 0.75 | --levels 1.
-Cost. In operations over those of a standard SAE step at F = D (10 D^2 a token): convolutions 3,
-attention 2.4, GRU 7.2, whatever F is. Step times over the standard SAE's, one AVX2 core, D = 576,
+Cost. In operations over those of a standard SAE step at F = D (10 D^2 a token): convolutions 3.6,
+attention 2.4, GRU with its prediction 7.8, whatever F is; --checkpointing adds about a third to
+these (a second forward pass). Step times over the standard SAE's, one AVX2 core, D = 576,
 8 x 128 tokens, laptop preset, about: self-aligning, adversarial and disentangled 1.4, hierarchical
 1.7, temporal 10 (20 with the paper's full-width GRU); at F = 4 D: 1.2, 1.5 and 4.
 
@@ -214,12 +221,16 @@ class HierarchicalSAE(nn.Module):
                                    "positive, --percentile between 0 and 1.")
         self.cfg, self.parts = cfg, VARIANTS[cfg.variant]
         self.levels = cfg.levels if self.parts["hierarchy"] else 1
+        most = min(cfg.k, n_features) if cfg.activation == "topk" else n_features
+        if self.levels > most:                                            # some would be empty
+            raise common.UserError(f"--levels {cfg.levels} exceeds the {most} features "
+                                   "(with topk: active features) that the levels share.")
         self.sizes = split(n_features, self.levels)                       # features of each level
         self.causal = cfg.causal or not self.parts["temporal"]            # AMBIGUOUS A3
         W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
         W = W / W.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
-        self.W_enc = nn.Parameter(W.t().clone())                          # (D, F)
+        self.W_enc = nn.Parameter(W.t().clone())                          # (D, F), U14
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
@@ -601,7 +612,7 @@ def train(cfg, acts):
     sae = HierarchicalSAE(acts.D, cfg).to(acts.device)
     with torch.no_grad():
         sae.scale.fill_(acts.scale)                                       # DEVIATION D1
-        sae.b_dec.copy_(acts.mean / acts.scale)
+        sae.b_dec.copy_(acts.mean / acts.scale)                           # UNSPECIFIED U14
     opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
                            fused=True)                                    # Sec. 5.1, 5.6
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
@@ -626,7 +637,7 @@ def train(cfg, acts):
             common.accumulate(sums, {"adversarial": term})
         common.sum_gradients(sae)                                         # across processes
         # 4. constrain the gradient
-        remove_parallel_gradient(sae)
+        remove_parallel_gradient(sae)                                     # DEVIATION D2
         if step == 0:
             common.assert_gradients(sae, sums)
         # 5. step   6. renormalise

@@ -63,7 +63,8 @@ What the paper leaves open, and how it is settled here
     UNSPECIFIED U6  Clustering. Code: Ward linkage on correlations of profiles, 8 clusters (not
                     tuned); consistency: adjusted Rand index, even against odd windows.
     UNSPECIFIED U7  Steps, tokens, weight decay, learning-rate schedule. Code: 4000 steps over 1M
-                    tokens, no decay, 1000 steps of warm-up (papers A and D).
+                    tokens, no decay, 1000 steps of warm-up (papers A and D). With batches of 2048
+                    sequences these are about 1,049 passes over the tokens.
     UNSPECIFIED U8  Initial values. Code: W_e = W_d^T, b_d the mean activation, b_e such that the
                     first code is that of h - b_d, w_t = 1. Eq. 3 has no b_d; --pre_bias adds it.
     DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), and
@@ -431,10 +432,10 @@ def analyse(sae, acts, folder):
         agreement = adjusted_rand_score(*(cluster(half[:, top])[1] for half in halves))     # U6
         numbers["clusters"] = {"consistency": agreement, "sizes": np.bincount(labels)[1:].tolist()}
         draw_clusters(folder / "clusters.png", profile[:, top], tree, labels, agreement)
-    numbers["claims"] = claims(numbers, acts)
+    numbers["claims"] = claims(numbers, acts, sae.cfg.uniform_weights)
     common.write_json(folder / "position.json", {k: np.round(v, 5) for k, v in by.items()})
     history = sae.weight_history[sae.weight_history.sum(1) > 0].cpu().numpy()
-    draw_positions(folder / "positions.png", by, m, history, numbers)
+    draw_positions(folder / "positions.png", by, m, history, numbers, sae.cfg.uniform_weights)
     return numbers
 
 
@@ -478,10 +479,13 @@ def early_late(error, energy, scored):
 
 
 def compare(sae_a, sae_b, acts):
-    """Paired t-test between two SAEs' squared errors on the same sequences (Sec. 5, 6.4)."""
+    """Paired t-test between two SAEs' squared errors on the same sequences (Sec. 5, 6.4).
+
+    In raw units: each SAE has its own scale, which depends on the seed.
+    """
     from scipy.stats import ttest_rel
-    a, b = (errors[0].sum(1) / errors[2].sum(1).clip(1)                   # (N,) each
-            for errors in (measure(sae, acts)[0] for sae in (sae_a, sae_b)))
+    a, b = (errors[0].sum(1) * sae.scale.item() ** 2 / errors[2].sum(1).clip(1)   # (N,) each
+            for sae, errors in ((sae, measure(sae, acts)[0]) for sae in (sae_a, sae_b)))
     test = ttest_rel(a, b)
     return {"a_against_b": float(a.mean() / b.mean() - 1), "t": float(test.statistic),
             "p": float(test.pvalue), "sequences": len(a)}
@@ -497,7 +501,8 @@ def sink_cases(sae, acts, errors):
     cases, windows = {"no_sink": errors}, acts.heldout_with_sink()
     if windows is not None:
         x = next(iter(windows))[0][:1, 0]                                 # (1, D)
-        coded, far = (((y - x) / sae.scale).pow(2).sum().item() for y in (sae(x)[0], acts.mean))
+        x_hat = sae(x[None])[0][0]                                        # a window of 1: position 1
+        coded, far = (((y - x) / sae.scale).pow(2).sum().item() for y in (x_hat, acts.mean))
         for name, error in (("sink_as_coded", coded), ("sink_fitted", 0.0)):
             front = np.broadcast_to(np.reshape([error, far, 1], (3, 1, 1)), (3, errors.shape[1], 1))
             cases[name] = np.concatenate([front, errors[..., :-1]], -1)   # (3, N, T)
@@ -524,8 +529,11 @@ def cluster(profile):
     return tree, fcluster(tree, CLUSTERS, "maxclust")
 
 
-def claims(numbers, acts):
-    """Claims one run can judge -> "this run: verdict"; reproduced: within 25 % of the paper."""
+def claims(numbers, acts, uniform=False):
+    """Claims one run can judge -> "this run: verdict"; reproduced: within 25 % of the paper.
+
+    uniform: the loss weighed all positions alike, so that Eq. 6's weights are not judged.
+    """
     early, masks, span = numbers["position"]["no_sink"], numbers["masks"], numbers["span"]
     rows = {"early_error": (early["early_error"], -0.19, -0.11 if early["p"] < 0.05 else -1),
             "features_off": (masks["features_off"], 0.55, 0.91),          # AMBIGUOUS A2
@@ -541,11 +549,13 @@ def claims(numbers, acts):
         out[name] = f"{value:.3g}: {verdict if acts.lm else 'not testable on synthetic data'}"
     if bounds and span["median"] > 0.9 * span["ignoring_position"]:
         out["span"] += ", but a feature that ignores position has the same"
+    if uniform:
+        out["weight_difficulty_r"] = f"{rows['weight_difficulty_r'][0]:.3g}: weights not used"
     return out
 
 
-def draw_positions(path, by, m, history, numbers):
-    """positions.png: six views of what depends on the position."""
+def draw_positions(path, by, m, history, numbers, uniform=False):
+    """positions.png: six views of what depends on the position; uniform as in claims."""
     plt, T, position = common.pyplot(), len(m), numbers["position"]
     t, here = np.arange(1, T + 1), "position (1 = first token after the sink)"
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 8))
@@ -572,12 +582,13 @@ def draw_positions(path, by, m, history, numbers):
     f.axvline(T / 2, color="grey", linestyle="--", label="feature that ignores position")
     f.margins(y=0.4)
     drawn = numbers["masks"].get("r_with_first_draw", math.nan)
+    unused = " (not used)" if uniform else ""
     for axis, xlabel, ylabel, title in (
             (a, here, "squared error a token (its squared norm: D)",
              f"Early positions: error {position['no_sink']['early_error']:+.1%}"),
-            (b, here, "training done (%)", "Weight of each position in the loss"),
+            (b, here, "training done (%)", f"Weight of each position in the loss{unused}"),
             (c, "held-out squared error a token", "final weight $w_t$ (mean 1)",
-             f"Weight and difficulty: r = {position['weight_difficulty_r']:.2f}"),
+             f"Weight, difficulty: r = {position['weight_difficulty_r']:.2f}{unused}"),
             (d, here, "fraction", "Sparsity in both readings"),
             (e, here, "feature (by mean position)", f"Masks; r with their first draw {drawn:.2f}"),
             (f, "span (positions with half of the activation)", "features",
