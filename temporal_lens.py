@@ -501,7 +501,7 @@ def sink_cases(sae, acts, errors):
     cases, windows = {"no_sink": errors}, acts.heldout_with_sink()
     if windows is not None:
         x = next(iter(windows))[0][:1, 0]                                 # (1, D)
-        x_hat = sae(x[None])[0][0]                                        # a window of 1: position 1
+        x_hat = sae(x[None])[0][0]   # a window of one token: position 1
         coded, far = (((y - x) / sae.scale).pow(2).sum().item() for y in (x_hat, acts.mean))
         for name, error in (("sink_as_coded", coded), ("sink_fitted", 0.0)):
             front = np.broadcast_to(np.reshape([error, far, 1], (3, 1, 1)), (3, errors.shape[1], 1))
