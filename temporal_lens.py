@@ -498,7 +498,7 @@ def sink_cases(sae, acts, errors):
     cases, windows = {"no_sink": errors}, acts.heldout_with_sink()
     if windows is not None:
         x = next(iter(windows))[0][:1, 0]                                 # (1, D)
-        x_hat = sae(x[None])[0][0]                                        # a window of 1: position 1
+        x_hat = sae(x[None])[0][0]                                       # a window of 1: position 1
         coded, far = (((y - x) / sae.scale).pow(2).sum().item() for y in (x_hat, acts.mean))
         for name, error in (("sink_as_coded", coded), ("sink_fitted", 0.0)):
             front = np.broadcast_to(np.reshape([error, far, 1], (3, 1, 1)), (3, errors.shape[1], 1))
@@ -585,7 +585,7 @@ def draw_positions(path, by, m, history, numbers, uniform=False):
              f"Early positions: error {position['no_sink']['early_error']:+.1%}"),
             (b, here, "training done (%)", f"Weight of each position in the loss{unused}"),
             (c, "held-out squared error a token", "final weight $w_t$ (mean 1)",
-             f"Weight, difficulty: r = {position['weight_difficulty_r']:.2f}{unused}"),
+             f"Weight and difficulty: r = {position['weight_difficulty_r']:.2f}{unused}"),
             (d, here, "fraction", "Sparsity in both readings"),
             (e, here, "feature (by mean position)", f"Masks; r with their first draw {drawn:.2f}"),
             (f, "span (positions with half of the activation)", "features",
