@@ -267,11 +267,18 @@ def paired_tests(more=""):
 
 def collect(suite):
     """results/<suite>.json from the run folders -> {"label | layer N": row}; a row has the command, seeds, steps,
-    versions and, per flat metric name ("core.EV"), the values over seeds, their mean and deviation."""
-    table, spec = {}, SUITES[suite]
+    versions and, per flat metric name ("core.EV"), {seed: value}, mean and deviation. What results/<suite>.json holds of
+    seeds that have no run folder here is kept, as long as the command is the same."""
+    path, table, spec = HERE / "results" / f"{suite}.json", {}, SUITES[suite]
+    kept = common.read_json(path) if path.exists() else {}
     for label, (script, flags) in spec.rows.items():
-        folders = sorted(run_folder(script, flags, 0, 0).parent.glob("L*-s*"), key=lambda p: (len(p.name), p.name))
-        for folder in folders:
+        found = {}
+        for key, row in kept.items():
+            name, layer = key.split(" | layer ")
+            if name == label.rstrip() and row["command"] == f"python {script}.py --layer {layer} {flags}".strip():
+                found[layer] = row
+        folders = run_folder(script, flags, 0, 0).parent.glob("L*-s*")
+        for folder in sorted(folders, key=lambda p: [int(n) for n in p.name[1:].split("-s")]):
             if lacks(folder, spec.evals) != []:
                 continue
             config = common.read_json(folder / "config.json")
@@ -279,21 +286,23 @@ def collect(suite):
             if (folder / "paired.json").exists():
                 flat.update(common.flatten(common.read_json(folder / "paired.json")))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            command = f"python {script}.py --layer {config['layer']} {flags}".strip()
-            row = table.setdefault(f"{label.rstrip()} | layer {config['layer']}",
-                                   {"command": command, "seeds": [], "steps": [], "values": {}})
-            row["seeds"].append(config["config"]["seed"])
-            row["steps"].append(log[-1]["step"] + 1 if log else 0)
+            layer, seed = str(config["layer"]), str(config["config"]["seed"])
+            row = found.setdefault(layer, {"command": f"python {script}.py --layer {layer} {flags}".strip(), "steps": {},
+                                           "values": {}})
+            row["steps"][seed] = log[-1]["step"] + 1 if log else 0
             row["versions"] = config["versions"]
             for name, value in flat.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    row["values"].setdefault(name, []).append(value)
+                    row["values"].setdefault(name, {})[seed] = value
+        for layer in sorted(found, key=int):
+            table[f"{label.rstrip()} | layer {layer}"] = found[layer]
     for row in table.values():
-        row["mean"] = {k: statistics.fmean(v) for k, v in row["values"].items()}
-        row["sd"] = {k: statistics.stdev(v) if len(v) > 1 else None for k, v in row["values"].items()}
+        row["seeds"] = sorted(map(int, row["steps"]))
+        row["mean"] = {k: statistics.fmean(v.values()) for k, v in row["values"].items()}
+        row["sd"] = {k: statistics.stdev(v.values()) if len(v) > 1 else None for k, v in row["values"].items()}
     if table:
-        (HERE / "results").mkdir(exist_ok=True)
-        common.write_json(HERE / "results" / f"{suite}.json", table)
+        path.parent.mkdir(exist_ok=True)
+        common.write_json(path, table)
     return table
 
 
@@ -330,7 +339,7 @@ def show(table, columns=None):
         label = label.removesuffix(" | layer 19").replace(" | ", ", ").strip()
         if "core.ce_loss_score" in row["mean"] and "CE score" in columns and not causal(row["command"]):
             label += " †"
-        lines.append(f"| {label} | {len(row['seeds'])} | {min(row['steps'])} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label} | {len(row['seeds'])} | {min(row['steps'].values())} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
