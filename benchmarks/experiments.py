@@ -195,7 +195,7 @@ def jobs_of(suite, seeds="", layers="", rows="", full=False):
     seeds, layers = (seeds or spec.seeds).split(","), (layers or spec.layers).split(",")
     if full:
         layers = sorted({*layers, *(layer for _, layer in spec.elsewhere)}, key=int)
-    chosen = [label for label in spec.rows if rows in label]
+    chosen = [label for label in spec.rows if re.search(rows, label)]
     jobs = [(label, seed, layer) for seed in seeds for layer in layers for label in chosen]
     jobs += [(label, seeds[0], layer) for part, layer in spec.elsewhere for label in chosen if part in label]
     return list(dict.fromkeys(jobs))
@@ -388,7 +388,7 @@ def main():
     parser.add_argument("suite", choices=[*SUITES, "readme"], help="a suite, or readme: fill the README's tables")
     parser.add_argument("--seeds", default="", help="such as 42,43 (default: the suite's)")
     parser.add_argument("--layers", default="", help="such as 5,12,19 (default: the suite's)")
-    parser.add_argument("--rows", default="", help="only rows whose label holds this text")
+    parser.add_argument("--rows", default="", help="only rows whose label matches this regular expression")
     parser.add_argument("--full", action="store_true", help="every seed and row at every layer")
     parser.add_argument("--workers", type=int, default=0, help="processes (0: one a core)")
     parser.add_argument("--more", default="", help="flags for every run that change no result, such as '--cache DIR'")
