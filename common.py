@@ -1,9 +1,9 @@
 """What the four scripts share and no paper claims: language models, token windows, the activation
 buffer, the run folder, evaluations, tables and figures.
 
-Sections: Basics · Command line · Processes · Sparse products · Language model · Text · Activations · Synthetic data ·
-Run folder · Evaluation: core and temporal metrics · Evaluation: probing · Evaluation: unlearning and
-steering · Export · Tables and figures · Feature page.
+Sections: Basics · Command line · Processes · Sparse products · Language model · Text · Activations ·
+Synthetic data · Run folder · Evaluation: core and temporal metrics · Evaluation: probing · Evaluation:
+unlearning and steering · Export · Tables and figures · Feature page.
 
 One direction: text -> token windows (N, 1+T) -> language-model blocks 0..L -> x (N, T, D) and
 mask (N, T) -> shuffled batches -> the script's loop. Nothing here calls back into a script except
@@ -334,8 +334,8 @@ def compiled(losses, cfg):
             return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: torch.compile does not work on this machine ({reason}); it needs a C++ compiler "
-                            "on a CPU and Triton on a GPU. Leave the flag out.") from None
+            raise UserError(f"--compile: torch.compile does not work on this machine ({reason}); it needs a C++ "
+                            "compiler on a CPU and Triton on a GPU. Leave the flag out.") from None
     return checked
 
 
@@ -1083,9 +1083,11 @@ class Activations:
         self.T = train.T
         self.per_fill = min(cfg.buffer, max(train.N, cfg.batch_size)) // cfg.batch_size   # batches in a buffer
         self.steps = cfg.steps or max(1, train.N * train.T // (cfg.batch_size * cfg.T))
-        self._buffers, self.ahead = {}, self.device.type == "cuda"   # buffers by number; harvest the next one meanwhile?
+        self._buffers = {}                                 # by number
+        self.ahead = self.device.type == "cuda"            # whether the next one is harvested meanwhile
         if cfg.batch_size < world():
-            raise UserError(f"--batch_size {cfg.batch_size} is less than the {world()} processes: each needs a sequence.")
+            raise UserError(f"--batch_size {cfg.batch_size} is less than the {world()} processes: each needs a "
+                            "sequence.")
         index = self.order(torch.arange(min(cfg.buffer, train.N)))
         count, norm, mean, square = 0, 0.0, 0.0, 0.0
         for rows in index.split(256):
@@ -1243,7 +1245,8 @@ def versions():
     git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"python": platform.python_version(), **found, "commit": git.stdout.strip() or "unknown", "gpu": gpu,
-            "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+            "cpu": ", ".join((platform.machine(), f"{torch.get_num_threads()} threads",
+                              torch.backends.cpu.get_cpu_capability()))}
 
 
 class Run:
@@ -1312,7 +1315,7 @@ class Run:
         for name, value in tensors.items():
             if name.startswith("opt."):
                 _, index, key = name.split(".")
-                if value.shape == params[int(index)].shape:      # in the parameter's memory order: fused AdamW needs that
+                if value.shape == params[int(index)].shape:      # fused AdamW: in the parameter's memory order
                     value = torch.empty_like(params[int(index)], dtype=value.dtype).copy_(value)
                 state["state"].setdefault(int(index), {})[key] = value
         self.opt.load_state_dict(state)
@@ -1329,7 +1332,8 @@ class Run:
         tensors, _ = load_tensors(self.dir / "sae_weights.safetensors")
         missing = set(self.sae.state_dict()) ^ set(tensors)
         if missing:
-            raise UserError(f"{self.dir}/sae_weights.safetensors does not fit its configuration: {sorted(missing)[:3]}.")
+            raise UserError(f"{self.dir}/sae_weights.safetensors does not fit its configuration: "
+                            f"{sorted(missing)[:3]}.")
         self.sae.load_state_dict(tensors)
 
     def steps(self):
@@ -1376,7 +1380,8 @@ class Run:
         loss = sum(v for k, v in row.items() if k not in ("error", "active"))
         for name, value in row.items():
             if not math.isfinite(value):
-                raise UserError(f"the term {name!r} of the loss is {value} at step {step}; nothing saved before is lost.")
+                raise UserError(f"the term {name!r} of the loss is {value} at step {step}; "
+                                "nothing saved before is lost.")
         if "error" in row:
             row["EV"] = 1 - row["error"] * self.acts.scale ** 2 / self.acts.variance
         row = {"step": step, "loss": loss, **row, **{k: float(v) for k, v in scalars.items()}}
@@ -1599,7 +1604,8 @@ def splice_metrics(sae, acts, n_windows=16, batch=4):
     """
     lm, store, sums = acts.lm, acts.heldout_store, {}
     resume = resume_from(lm, acts.layer, store.tokens[:1].long().to(lm.device))
-    key = ("splice", acts.layer, store.threshold, hashlib.sha256(store.tokens[:n_windows].numpy().tobytes()).hexdigest())
+    digest = hashlib.sha256(store.tokens[:n_windows].numpy().tobytes()).hexdigest()
+    key = ("splice", acts.layer, store.threshold, digest)
     kept = lm.memo.setdefault(key, {})                     # what no SAE changes
     for rows in torch.arange(min(n_windows, store.N)).split(batch):
         tokens = store.tokens[rows].long().to(lm.device)
@@ -1661,8 +1667,8 @@ def temporal(sae, acts, max_lag=64):
             ok = (mask[:, lag:] & mask[:, :-lag])[..., None]
             a, b = f[:, :-lag] * ok, f[:, lag:] * ok
             m = moments[lag]
-            m[0], m[1], m[2] = m[0] + (a * b).double().sum(), m[1] + a.double().sum((0, 1)), m[2] + b.double().sum((0, 1))
-            m[3] += ok.sum().item()
+            new = (a * b).double().sum(), a.double().sum((0, 1)), b.double().sum((0, 1)), ok.sum().item()
+            m[:] = [old + value for old, value in zip(m, new)]
     if tokens == 0:
         raise UserError(NOTHING_SCORED)
     mean, pairs = total_sum / tokens, max(pairs, 1)                       # without any pair: 0
@@ -1983,7 +1989,8 @@ def probe_report(samples, baselines=None):
         except (UserError, AttributeError, TypeError, ValueError) as error:
             say(f"probing: {baselines} is not usable ({error}); fitting the baselines again.")
     for task, splits in samples.items():
-        scores = probe_task(splits["train"], splits["test"], only=("sae",) if task in known else ("sae", "residual", "pca"))
+        views = ("sae",) if task in known else ("sae", "residual", "pca")
+        scores = probe_task(splits["train"], splits["test"], only=views)
         known.setdefault(task, {key: value for key, value in scores.items() if not key.startswith("sae")})
         scores.update(known[task])
         per_task.append({"task": task, **{split: len(splits[split][2]) for split in ("train", "test")}, **scores})
@@ -2348,8 +2355,8 @@ def parse_steer(text, n_features):
             if int(match[1]) < n_features and (sign == "=" or not str(match[4]).startswith("-")):
                 out.append((int(match[1]), float(sign in ("+", "-")), -number if sign == "-" else number))
                 continue
-        raise UserError(f"--steer takes FEATURE:+X, FEATURE:-X, FEATURE:=X or FEATURE:off, features below {n_features}; "
-                        f"not {part!r}.")
+        raise UserError("--steer takes FEATURE:+X, FEATURE:-X, FEATURE:=X or FEATURE:off, features below "
+                        f"{n_features}; not {part!r}.")
     return out
 
 
@@ -2423,7 +2430,9 @@ def export(sae, acts, folder, fmt):
         f = torch.zeros_like(f).scatter(-1, index, values)
     f = f.relu()
     ours = sae.encode(x, mask).float()
-    pairs = [(f, s * ours.cpu())] + ([(f @ W_dec + b_dec, sae.decode(ours).float().cpu())] if f.shape == ours.shape else [])
+    pairs = [(f, s * ours.cpu())]
+    if f.shape == ours.shape:
+        pairs.append((f @ W_dec + b_dec, sae.decode(ours).float().cpu()))
     keep = mask.cpu()
     if any(a.shape != b.shape or (a - b)[keep].abs().max() > 1e-4 * b[keep].abs().max() for a, b in pairs):
         raise UserError(f"this SAE cannot be exported to {fmt}: on held-out activations the linear encoder with "
@@ -2431,7 +2440,8 @@ def export(sae, acts, folder, fmt):
     name, (D, n) = acts.lm.name if acts.lm else "synthetic", W_enc.shape
     folder.mkdir(parents=True, exist_ok=True)
     if fmt == "saelens":
-        save_tensors(folder / "sae_weights.safetensors", {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
+        save_tensors(folder / "sae_weights.safetensors",
+                     {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
         write_json(folder / "cfg.json", {
             "architecture": "topk" if k else "standard", **({"k": k} if k else {}), "d_in": D, "d_sae": n,
             "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
@@ -2481,7 +2491,8 @@ def print_table(run, paper, results):
     flat = flatten(results)
     hidden = ("core.", "temporal.", "zero.saebench.")            # in eval.json; the table shows a choice
     rest = [key for key in flat if key not in TABLE and not key.startswith(hidden)]
-    keys = [key for key in TABLE if key in flat or key in paper] + [k for k in paper if k not in TABLE and k not in rest]
+    keys = [key for key in TABLE if key in flat or key in paper]
+    keys += [key for key in paper if key not in TABLE and key not in rest]
     say(f"\n{'metric':<38} {'paper':<32} this run")
     for key in keys + rest:
         value = flat.get(key, "not run")
@@ -2511,7 +2522,7 @@ def plot_training(folder):
                           label=f"{name} (size; lowers the loss)" if negative else name)
     left.set(xlabel="step", ylabel="loss terms, weighted (log scale)", title="Loss")
     left.legend(fontsize=8)
-    right.plot(steps, [max(-0.1, row.get("EV", math.nan)) for row in rows], color="tab:blue", label="explained variance")
+    right.plot(steps, [max(-0.1, row.get("EV", math.nan)) for row in rows], color="tab:blue")
     right.set(xlabel="step", ylabel="explained variance (training batch)", ylim=(-0.1, 1.02), title="Quality")
     twin = right.twinx()
     twin.plot(steps, [row.get("active", math.nan) for row in rows], color="tab:orange", linewidth=1)

@@ -126,7 +126,8 @@ SUITES = {
         "TopK 64": ("tsae", "--no-temporal --activation topk --k 64"),
         "TopK 32, F = 8 D": ("tsae", f"--no-temporal {TOPK} --expansion 8"),
         "hierarchical: temporal, TopK 64": ("hierarchical_sae", "--activation topk --k 64"),
-        "MTSAE unlearning, TopK 64": ("mtsae", "--variant unlearning --steps 2500 --dtype auto --activation topk --k 64"),
+        "MTSAE unlearning, TopK 64": (
+            "mtsae", "--variant unlearning --steps 2500 --dtype auto --activation topk --k 64"),
     }, "unlearning"),
     "compare": Suite({
         **{f"{name}, TopK {k}": (script, f"{flags} --activation topk --k {k}".strip())
@@ -175,10 +176,11 @@ def one(script, flags, seed, layer, evals, more=""):
         elif (out / "checkpoint.safetensors").exists():
             argv = ["--resume", str(out), "--eval", evals]
         else:
-            argv = ["--layer", str(layer), "--seed", str(seed), "--out", str(out), "--save_every", "1000", "--overwrite",
-                    "--eval", evals, *flags.split()]
+            argv = ["--layer", str(layer), "--seed", str(seed), "--out", str(out), "--overwrite", "--eval", evals,
+                    "--save_every", "1000", *flags.split()]
         start, errors = time.time(), io.StringIO()
-        with open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(errors):
+        with (open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file),
+              contextlib.redirect_stderr(errors)):
             status = importlib.import_module(script).main([*argv, *more.split()])
         if status:                           # a run that stopped leaves a trace: its log, and why
             common.write_json(out / "status.json", {"status": status, "error": errors.getvalue().strip()[-500:]})
@@ -267,8 +269,8 @@ def paired_tests(more=""):
 
 def collect(suite):
     """results/<suite>.json from the run folders -> {"label | layer N": row}; a row has the command, seeds, steps,
-    versions and, per flat metric name ("core.EV"), {seed: value}, mean and deviation. What results/<suite>.json holds of
-    seeds that have no run folder here is kept, as long as the command is the same."""
+    versions and, per flat metric name ("core.EV"), {seed: value}, mean and deviation. What results/<suite>.json
+    holds of seeds that have no run folder here is kept, as long as the command is the same."""
     path, table, spec = HERE / "results" / f"{suite}.json", {}, SUITES[suite]
     kept = common.read_json(path) if path.exists() else {}
     for label, (script, flags) in spec.rows.items():
@@ -287,8 +289,8 @@ def collect(suite):
                 flat.update(common.flatten(common.read_json(folder / "paired.json")))
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             layer, seed = str(config["layer"]), str(config["config"]["seed"])
-            row = found.setdefault(layer, {"command": f"python {script}.py --layer {layer} {flags}".strip(), "steps": {},
-                                           "values": {}})
+            command = f"python {script}.py --layer {layer} {flags}".strip()
+            row = found.setdefault(layer, {"command": command, "steps": {}, "values": {}})
             row["steps"][seed] = log[-1]["step"] + 1 if log else 0
             row["versions"] = config["versions"]
             for name, value in flat.items():
@@ -347,7 +349,8 @@ def fill_readme(text):
     """Replace what stands between `<!-- table SUITE: columns -->` and `<!-- end -->` by results/SUITE.json."""
     def table(match):
         path = HERE / "results" / f"{match[1]}.json"
-        body = show(json.loads(path.read_text()), [c.strip() for c in match[2].split(",")]) if path.exists() else "not run"
+        columns = [column.strip() for column in match[2].split(",")]
+        body = show(json.loads(path.read_text()), columns) if path.exists() else "not run"
         return f"<!-- table {match[1]}: {match[2]} -->\n{body}\n<!-- end -->"
     return re.sub(r"<!-- table (\w+): (.*?) -->\n.*?<!-- end -->", table, text, flags=re.S)
 
@@ -365,8 +368,8 @@ def figures(table, folder):
             continue
         for axis, x, y in ((axes[0], "core.L0", "core.EV"), (axes[1], "core.EV", "temporal.neighbour_cosine")):
             error = {f"{k}err": [row["sd"].get(v) or 0.0] for k, v in (("x", x), ("y", y))}
-            axis.errorbar(row["mean"][x], row["mean"][y], **error, color=colours[name], marker=marks[kind], markersize=7,
-                          linestyle="", alpha=0.85)
+            axis.errorbar(row["mean"][x], row["mean"][y], **error, color=colours[name], marker=marks[kind],
+                          markersize=7, linestyle="", alpha=0.85)
     for axis, shown in ((axes[0], {n: (c, "o") for n, c in colours.items()}),
                         (axes[1], {n: ("grey", m) for n, m in marks.items()})):
         for name, (colour, mark) in shown.items():
