@@ -2093,7 +2093,7 @@ def unlearning(sae, acts):
 
 @torch.no_grad()
 def domain_states(acts, corpus, domains):
-    """{part: (tokens (N, 1+T), h (N, 1+T, D), mask (N, T))} for the parts of UNLEARN_WINDOWS of one domain."""
+    """{part: (tokens (N, 1+T), h (N, 1+T, D), mask (N, T))} for the parts of UNLEARN_WINDOWS of one domain; kept."""
     lm, limit = acts.lm, acts.heldout_store.threshold
     key = ("domain", corpus, str(domains), acts.layer, acts.T, limit)
     if key not in lm.memo:
@@ -2179,7 +2179,10 @@ def unlearn_pair(sae, acts, forget, retain):
     plans = {"sae": [(t, n, select_features(*on, t, n)) for t in UNLEARN_THRESHOLDS for n in UNLEARN_N],
              "random": [(None, n, shuffled[:n]) for n in UNLEARN_N],
              "most_active": [(None, n, select_features(on[0], 0 * on[1], 1.0, n)) for n in UNLEARN_N]}
-    base = [next_token(lm, resume, domain["score"]) for domain in (forget, retain)]
+    for domain in (forget, retain):
+        if "base" not in domain:                           # of the unedited model, kept for the next SAE
+            domain["base"] = next_token(lm, resume, domain["score"])
+    base = forget["base"], retain["base"]
     halves = slice(0, None, 2), slice(1, None, 2)
 
     def share(result, i, part):                            # accuracy over the unedited model's
