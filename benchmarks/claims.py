@@ -78,7 +78,7 @@ ROWS = {
     "MTSAE no resampling": Row("mtsae", f"--resample_every 0 {STEPS}"),
     "MTSAE L1 0.5": Row("mtsae", f"--l1 0.5 {STEPS}", seeds=ONE),
     # paper D
-    "unlearning": Row("mtsae", f"--variant unlearning {STEPS}", "core,temporal,zero,unlearning"),
+    "unlearning": Row("mtsae", f"--variant unlearning {STEPS} --dtype auto", "core,temporal,zero,unlearning"),
     "4 steps": Row("mtsae", FEW, seeds=(42, 43, 44, 45, 46)),
     "4 steps, PyTorch's kernels": Row("mtsae", KERNELS, seeds=(42, 43, 44, 45, 46)),
     # paper C; "standard" is the control of the others too
