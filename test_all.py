@@ -3447,6 +3447,56 @@ def test_speed_whole_loop_is_timed():
 
 
 # ---------------------------------------------------------------------------------------------
+# Recorded runs: benchmarks/experiments.py
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tiny_suite():
+    """benchmarks/experiments.py with one suite of tiny synthetic runs; its results go to a temporary folder."""
+    if str(HERE / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(HERE / "benchmarks"))
+    import experiments
+    flags = " ".join(map(str, TINY)) + " --steps 4"
+    rows = {"plain": ("tsae", f"--no-temporal {flags}"), "  TSAE": ("tsae", flags)}
+    with folder() as here, replaced(experiments, "HERE", here), replaced(experiments, "SUITES", {
+            "tiny": experiments.Suite(rows, "reconstruction,temporal", "1,2", "0")}):
+        yield experiments, rows
+
+
+def test_experiments_share_runs_whatever_the_order_of_flags():
+    with tiny_suite() as (experiments, _):
+        a, b = (experiments.run_folder("tsae", flags, 1, 19) for flags in ("--k 4  --l1 0.1 --no-temporal",
+                                                                          "--no-temporal --l1 0.1 --k 4"))
+        assert a == b != experiments.run_folder("tsae", "--k 4 --l1 0.1", 1, 19)
+        jobs = experiments.jobs_of("tiny")
+        assert [seed for _, seed, _ in jobs] == ["1", "1", "2", "2"] and len(experiments.jobs_of("tiny", rows="^plain$")) == 2
+
+
+def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
+    with tiny_suite() as (experiments, rows):
+        script, flags = rows["plain"]
+        for seed in ("1", "2"):
+            experiments.one(script, flags, seed, "0", "reconstruction")
+        out = experiments.run_folder(script, flags, "1", "0")
+        weights = (out / "sae_weights.safetensors").read_bytes()
+        assert experiments.lacks(out, "reconstruction,temporal") == ["temporal"]
+        assert experiments.collect("tiny") == {}, "not finished as the suite wants it"
+        for seed in ("1", "2"):
+            experiments.one(script, flags, seed, "0", "reconstruction,temporal")
+        assert experiments.lacks(out, "reconstruction,temporal") == []
+        assert (out / "sae_weights.safetensors").read_bytes() == weights, "evaluated again, not trained again"
+        row = experiments.collect("tiny")["plain | layer 0"]
+        values = row["values"]["core.EV"]
+        assert row["seeds"] == [1, 2] and row["steps"] == {"1": 4, "2": 4} and values["1"] != values["2"]
+        assert math.isclose(row["mean"]["core.EV"], (values["1"] + values["2"]) / 2)
+        shutil.rmtree(out)                                 # as on another machine: seed 1 is only in the results
+        assert experiments.collect("tiny")["plain | layer 0"]["values"]["core.EV"] == values
+        table = experiments.fill_readme("<!-- table tiny: EV -->\nold\n<!-- end -->")
+        assert "| plain, layer 0 | 2 | 4 | " in table and "old" not in table
+
+
+# ---------------------------------------------------------------------------------------------
 # Claims: the ledger in results/claims.json and claims.md (benchmarks/claims.py)
 # ---------------------------------------------------------------------------------------------
 
