@@ -566,7 +566,8 @@ def draw_positions(path, by, m, history, numbers, uniform=False):
     order = order[np.linspace(0, len(order) - 1, min(120, len(order))).astype(int)]
     bars = ((b, b.imshow(history, aspect="auto", origin="lower", interpolation="nearest",
                          cmap=plt.get_cmap("viridis", 10), extent=(0.5, T + 0.5, 0, 100),
-                         vmax=np.quantile(history, 0.98) if len(history) else 1), "weight $w_t$ (mean 1; top 2 % cut)"),
+                         vmax=np.quantile(history, 0.98) if len(history) else 1),
+             "weight $w_t$ (mean 1; top 2 % cut)"),
             (c, c.scatter(by["error"], by["weight"], c=t, cmap="plasma", s=18), "position"),
             (e, e.imshow(m[:, order].T, aspect="auto", origin="lower", interpolation="nearest",
                          vmin=0, vmax=1, cmap=plt.get_cmap("gray_r", 5),
