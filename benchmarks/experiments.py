@@ -379,6 +379,8 @@ def figures(table, folder):
                 title="Reconstruction at a given sparsity")
     axes[1].set(xlabel="explained variance (held-out)", ylabel="cosine of neighbouring codes",
                 title="Smoothness at a given reconstruction")
+    axes[0].set_xticks([16, 64, 256, 512], [16, 64, 256, 512])
+    axes[0].minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
