@@ -2734,6 +2734,55 @@ def test_eval_wmdp_says_when_no_question_counts_and_scores_otherwise():
         common.always_right = before
 
 
+class Knows(nn.Module):
+    """A model whose block 0 writes direction 0 at the words a0, a1 ... (biology). It finds the option "w", the right
+    one of every question, and names its letter; where biology words stand but direction 0 is gone, the next letter."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace(hidden_size=32, num_hidden_layers=2))
+        number = tokenizer.convert_tokens_to_ids
+        self.letters = [(number(f"{letter}."), number(letter)) for letter in "ABCD"]
+        self.right = [number("w"), number("w<end_of_turn>")]
+        E = 0.1 * torch.randn(len(tokenizer), 32, generator=common.generator(0, "knows"))
+        E[:, 0] = 0.0
+        self.biology = torch.zeros(len(tokenizer), dtype=torch.bool)
+        self.biology[[number(f"a{i}") for i in range(12)]] = True
+        E[self.biology, 0] = 3.0
+        self.E, self.layers = nn.Parameter(E), nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, input_ids, use_cache=False):
+        h = self.layers[1](self.layers[0](self.E[input_ids]))
+        logits = torch.zeros(*input_ids.shape, len(self.E))
+        for row, ids in enumerate(input_ids.tolist()):
+            place = next((t for t, i in enumerate(ids) if i in self.right), None)
+            if place is not None:
+                about = self.biology[input_ids[row]]
+                letter = [i for i, _ in self.letters].index(ids[place - 1])
+                forgot = about.any() and h[row, about, 0].max() <= 0
+                logits[row, :, self.letters[(letter + forgot) % 4][1]] = 1.0
+        return types.SimpleNamespace(logits=logits)
+
+
+def test_eval_wmdp_scores_one_when_the_feature_that_knows_is_clamped():
+    words = [*"ABCD", *(f"{letter}." for letter in "ABCD"), *"wxyz", *(f"{x}<end_of_turn>" for x in "wxyz"), "Q", *WORDS]
+    tokenizer = words_lm(words=words, chat=CHAT).tokenizer
+    lm = common.LM(Knows(tokenizer), tokenizer, "knows", "r", torch.device("cpu"), torch.float32)
+    questions = {name: [{"question": walk("a" if name == "wmdp-bio" else "b", 3, i), "choices": list("wxyz"), "answer": 0}
+                        for i in range(5)] for name in common.WMDP}
+    texts = [[walk(c, 40, i) for i in range(8)] for c in "ab"]
+    scores = {}
+    for name, row in (("knows", 0), ("knows nothing", 1)):
+        W, bias = torch.zeros(40, 32), torch.full((40,), -1e6)
+        W[0, row], bias[0] = 1.0, 0.0                      # direction 0, or one that is on in all texts and unused
+        sae = LinearSAE(W.t().clone(), W, bias, torch.zeros(32))
+        scores[name] = common.wmdp_sweep(sae, tiny_acts(lm, layer=0), lm, questions, *texts, n_tokens=256)
+    out = scores["knows"]
+    assert out["questions"] == dict.fromkeys(common.WMDP, 5), "every question is right under all 24 orders"
+    assert out["score"] == 1 and len(out["runs"]) == 16 and all(r["wmdp"] == 0 and r["mmlu"] == 1 for r in out["runs"])
+    assert scores["knows nothing"]["score"] == 0
+
+
 def test_eval_wmdp_multipliers_are_raw_units():
     seen, old = [], (common.clamp_edit, common.always_right, common.select_features)
 
