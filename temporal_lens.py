@@ -24,7 +24,7 @@ Notation (paper -> code)
 
 Paper -> code
     Eq. 1           losses                          the standard SAE: w_t = 1 and a mask of ones
-    Eq. 3           TemporalLens.encode             masked features
+    Eq. 3           TemporalLens.code               masked features
     Eq. 4           TemporalLens.position_mask      sigmoid of logits over temperature
     Eq. 5           temperature                     5.0 -> 0.1, exponentially
     Eq. 6           update_position_weights         moving average of the error at each position

@@ -20,7 +20,7 @@ Notation (paper -> code)
     B sequences, T tokens, D model width, F features; "scored" tokens are those with mask = True.
 
 Paper -> code
-    Sec. 3.1        TSAE.encode, TSAE.decode        the autoencoder
+    Sec. 3.1        TSAE.code, TSAE.decode          the autoencoder
     Eq. 1           losses                          reconstruction + sparsity + temporal
     Eq. 2           losses                          with the boost w(t) and one weight a scale
     Sec. 3.1, 4.1   lag_weights, temporal_loss      three scales of lags, in closed form
@@ -29,7 +29,7 @@ Paper -> code
     Sec. 4.2        temporal_ramp                   temporal loss brought in over 2000 steps
     Sec. 4.2        add_gradient_noise              noise during warm-up
     Sec. 4.3        TSAE.blend                      temporal buffers
-    Sec. 4.3        TSAE.encode                     LayerNorm on feature activations
+    Sec. 4.3        TSAE.code                       LayerNorm on feature activations
     Sec. 5.3        transitions                     activation variance and transition patterns
 
 What the paper leaves open, and how it is settled here
@@ -185,9 +185,8 @@ class TSAE(nn.Module):
         """Raw activations (..., D) -> features (..., F) and None; with TopK, where that is faster,
         only the k active features and which they are: (..., k), (..., k). See common.encode_topk.
         """
-        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc,
-        # multiplied out so that
-        # b_dec's gradient does not cost a sixth matrix product
+        # Sec. 3.1: h_t = f_theta(x_t); the standard encoder: (x - b_dec) W_enc + b_enc, multiplied
+        # out so that b_dec's gradient does not cost a sixth matrix product
         x, bias = x / self.scale, self.b_enc - self.b_dec @ self.W_enc
         norm = self.cfg.layer_norm if self.cfg.temporal else "off"
         gather = norm != "post" and common.gather_pays(self.cfg, len(self.b_enc), x.device)
