@@ -2076,7 +2076,8 @@ def unlearning(sae, acts):
     count each feature's own mean active value. Beside it: the same sweep over random features and over those most
     often on in the forget domain, whatever they do elsewhere. An SAE with no selectable feature scores 0
     (eligible_features: their number by threshold). The multipliers of a set of features are tried in order and no
-    further than one that leaves less than 98 %: that a larger one only does more damage is an assumption.
+    further than one that leaves less than 98 %, on all scored windows: that a larger one only does more damage is an
+    assumption, and the one way in which both halves bear on the crossed values.
     """
     if acts.lm is None:
         return {"skipped": ["unlearning: synthetic data has no text"]}
@@ -2097,7 +2098,7 @@ def domain_states(acts, corpus, domains):
     lm, limit = acts.lm, acts.heldout_store.threshold
     key = ("domain", corpus, str(domains), acts.layer, acts.T, limit)
     if key not in lm.memo:
-        lm.memo[key] = {}
+        out = {}
         for part, split in (("select", "train"), ("score", "heldout")):
             tokens, lengths = make_windows((row["text"] for row in bundled(corpus, split, domains)), lm, acts.T, 10**9)
             order = torch.randperm(len(tokens), generator=generator(0, f"{corpus}{domains}{split}"))
@@ -2107,7 +2108,8 @@ def domain_states(acts, corpus, domains):
                 raise UserError(f"the bundled {domains or corpus} {split} text has too few windows of {acts.T} tokens.")
             ids = tokens[rows].long().to(lm.device)
             h = torch.cat([hidden_states(lm, some, [acts.layer])[acts.layer] for some in ids.split(acts.cfg.lm_batch)])
-            lm.memo[key][part] = ids, h, scored_mask(h[:, 1:], ids, lengths[rows], lm.special, limit)
+            out[part] = ids, h, scored_mask(h[:, 1:], ids, lengths[rows], lm.special, limit)
+        lm.memo[key] = out
     return lm.memo[key]
 
 
