@@ -10,6 +10,7 @@ mask (N, T) -> shuffled batches -> the script's loop. Nothing here calls back in
 `launch`, which parses the command line and calls its `train(cfg, acts)`.
 """
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -228,6 +229,7 @@ def launch(doc, Config, laptop, choices, Model, train, argv=None, variants=None)
     """A script's main: parse, open the activations once, train (or evaluate) each layer. -> exit status."""
     try:
         torch.set_float32_matmul_precision("high")
+        keep_freed_memory()
         cfg, given = parse_args(doc, Config, choices, argv)
         start_processes(cfg)
         saved = cfg.resume or cfg.run
@@ -258,6 +260,18 @@ def launch(doc, Config, laptop, choices, Model, train, argv=None, variants=None)
         print(f"error: the disk is full ({error.filename or 'while writing'}); what was saved before is intact: "
               "free some space and continue with --resume.", file=sys.stderr)
         return 2
+
+
+def keep_freed_memory():
+    """Have the C library keep what tensors give back, for the next tensors (Linux with glibc; elsewhere nothing).
+
+    Otherwise each block above 32 MB goes back to the system and the next one's pages are cleared anew: a third of a
+    bf16 step at F = 16 D on 2048 tokens (834 against 537 ms on two AVX512 cores).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (-1, -3):                            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+            libc.mallopt(option, 2 ** 31 - 1)
 
 
 def config_of_run(Config, cfg, given, folder):

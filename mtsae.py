@@ -372,7 +372,8 @@ class DilatedFilter(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         slices = [slice(start, start + grad.shape[1]) for start in ctx.starts]
-        grad_w = torch.stack([(grad * x[:, part]).sum((0, 1)) for part in slices])
+        # tokens, then sequences: 5 times as fast as both in one sum
+        grad_w = torch.stack([(grad * x[:, part]).sum(1).sum(0) for part in slices])
         grad_x = None
         if ctx.needs_input_grad[0]:                                       # not in training
             grad_x = torch.zeros_like(x)
@@ -473,9 +474,9 @@ def losses(sae, x, mask, n, step, cfg):
     f = f.float()
     square = error.pow(2).sum(-1)                                         # (B, T), 0 where masked
     with torch.autocast(f.device.type, enabled=False):                    # fp32: sums over tokens
-        mass = common.feature_sums(f, index, mask, len(sae.b_enc))        # (F,), f >= 0
+        fires = common.feature_sums(f.detach(), index, mask, len(sae.b_enc))   # (F,), f >= 0
     # logged, not part of the loss; fires goes to resampling
-    stats = {"error": square.sum() / tokens, "fires": mass,
+    stats = {"error": square.sum() / tokens, "fires": fires,
              "active": (f.detach().sign().sum(-1) * mask).sum() / tokens}
     if cfg.recon_reduction == "mean":                                     # ABLATION: the collapse
         square = square / x.shape[-1]
@@ -484,7 +485,7 @@ def losses(sae, x, mask, n, step, cfg):
     terms = {"recon": cfg.recon_weight * recon.sum() / tokens}
     if cfg.activation == "relu":
         # Eq. A.6: + 0.04 ||f||_1   Eq. D.4: + lambda_1 ||e||_1
-        terms["l1"] = cfg.l1 * mass.sum() / tokens
+        terms["l1"] = cfg.l1 * (f.sum(-1) * mask).sum() / tokens   # f >= 0: the L1 norm is the sum
     if cfg.variant == "extraction" and cfg.coherence:
         # Eq. A.2, A.6: - 0.15 cos(f_t, f_{t+1}); A.2 adds L_temporal = -cos
         cosine = neighbour_cosine(f, index, neighbours(mask), len(sae.b_enc))
@@ -530,7 +531,7 @@ class NeighbourCosine(torch.autograd.Function):
         norm = torch.linalg.vector_norm(f, dim=-1)                        # (B, T)
         inverse = torch.where(norm > 0, 1 / norm, 0.0)
         a = inverse[:, 1:] * inverse[:, :-1] * pair                       # (B, T - 1)
-        cosine = a * (f[:, 1:] * f[:, :-1]).sum(-1)
+        cosine = a * torch.linalg.vecdot(f[:, 1:], f[:, :-1])
         both = F.pad(cosine, (1, 0)) + F.pad(cosine, (0, 1))              # (B, T)
         ctx.save_for_backward(f, a[..., None], (both * inverse.square())[..., None])
         return cosine.sum()

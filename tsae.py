@@ -312,38 +312,39 @@ def temporal_loss(f, mask, cfg):
         sum_{t<u} A_m,tu (f_t - f_u)^2 = <f, L f>,   L = diag(A_m 1) - A_m   (a graph Laplacian),
     one (T, T) product for all 127 lags, instead of 127 shifted copies of f.
     """
-    A = lag_weights(f.shape[1], cfg, f.device)
-    m = mask[..., None].float()                                           # (B, T, 1)
-    count = m.sum(1, keepdim=True).clamp(min=1)
-    # L 1 = 0, so the window's mean may be taken off first: without it fp32 cancels to nothing
-    centred = (f - (f * m).sum(1, keepdim=True).detach() / count) * m     # (B, T, F)
-    with torch.no_grad():
-        weight = variance_weights(centred, count, cfg)                    # (B, 1, F)
-        degree = m * (A @ m)                                              # (B, T, 1)
-    return LagQuadratic.apply(centred, A, degree, weight)
+    m = mask.float()                                                      # (B, T)
+    A = lag_weights(f.shape[1], cfg, f.device) * m[:, :, None] * m[:, None, :]   # (B, T, T)
+    with torch.autocast(f.device.type, enabled=False):                    # fp32: differences of sums
+        L = torch.diag_embed(A.sum(-1)) - A
+        return LagQuadratic.apply(f, L, m[:, None], cfg)
 
 
 class LagQuadratic(torch.autograd.Function):
-    """sum_bf weight_bf <f_bf, L f_bf>; the gradient 2 weight L f is kept from the forward pass."""
+    """sum_bi weight_bi <f_bi, L_b f_bi>: f (B, T, F), L (B, T, T), m (B, 1, T) -> ().
+
+    The weights are constants to the gradient 2 weight L f, which is kept from the forward pass.
+    """
 
     @staticmethod
-    def forward(ctx, f, A, degree, weight):
-        with torch.autocast(f.device.type, enabled=False):   # fp32: differences of sums
-            Lf = torch.addcmul(-torch.matmul(A, f), degree, f).mul_(weight)   # (B, T, F)
+    def forward(ctx, f, L, m, cfg):
+        # L 1 = 0, so the window's mean may be taken off first: without it fp32 cancels to nothing
+        count = m.sum(-1, keepdim=True).clamp(min=1)                      # (B, 1, 1)
+        centred = f - m @ f / count                                       # (B, T, F)
+        weight = variance_weights(m @ centred.square() / count, cfg)      # (B, 1, F)
+        Lf = (L @ centred).mul_(weight)
         ctx.save_for_backward(Lf)
-        return torch.dot(Lf.flatten(), f.flatten())
+        return torch.dot(Lf.flatten(), centred.flatten())
 
     @staticmethod
     def backward(ctx, grad):
         return 2 * grad * ctx.saved_tensors[0], None, None, None
 
 
-def variance_weights(centred, count, cfg):
-    """Feature weights of Eq. 3 from each window's variance: centred (B, T, F) -> (B, 1, F)."""
+def variance_weights(variance, cfg):
+    """Feature weights of Eq. 3 from the variances within each window: (B, 1, F) -> (B, 1, F)."""
     if cfg.variance_weights == "off":
-        return torch.ones_like(centred[:, :1])
+        return torch.ones_like(variance)
     # Eq. 3: lambda_i = sigma_i^2 / sum_j sigma_j^2 * lambda_base; variance below 0.01 excluded
-    variance = centred.pow(2).sum(1, keepdim=True) / count                # (B, 1, F)
     variance = torch.where(variance < cfg.min_variance, 0.0, variance)
     weight = variance / variance.sum(-1, keepdim=True).clamp(min=1e-8)
     return weight * weight.shape[-1] if cfg.variance_weights == "mean" else weight   # AMBIGUOUS A3

@@ -286,8 +286,8 @@ def arithmetic():
     """Small exact checks: the sum of Eq. 3's weights, a probe on features that are all zero, random cosines."""
     import tsae
     gen = torch.Generator().manual_seed(0)
-    centred = torch.randn(4, 128, 576, generator=gen)
-    weights = tsae.variance_weights(centred, torch.full((4, 1, 1), 128.0), tsae.Config())
+    variance = torch.randn(4, 128, 576, generator=gen).square().mean(1, keepdim=True)
+    weights = tsae.variance_weights(variance, tsae.Config())
     zeros, labels = np.zeros((200, 1)), np.repeat([0, 1], 100)
     out = {"sum of Eq. 3": weights.sum(-1).mean(),
            "probe on zeros": common.probe_accuracy(zeros, labels, zeros, labels)}

@@ -10,7 +10,8 @@
 2. The language model to the layer, and the share of a whole run (harvest once, train one epoch) that it takes:
    share = LM time / (LM time + SAE time) for the same number of tokens. Harvesting and training do not overlap
    on a CPU, so the two times add.
-3. The whole loop as it is run: harvest of --loop_tokens tokens into a fresh cache, then one epoch, by the wall clock.
+3. The whole loop as it is run: harvest of --loop_tokens tokens into a fresh cache, then one epoch of each script at
+   F = D (ReLU) and F = 8 D (TopK 32), by the wall clock.
 Medians over interleaved repeats; json and a figure into results/. Rows of a device that is not there say "not run".
 """
 import argparse
@@ -46,7 +47,8 @@ CASES = {  # label: (script, fields that differ); each with ReLU and with TopK 3
 }
 CASES = {f"{label}, {name}": (script, {**values, **more}) for label, (script, values) in CASES.items()
          for name, more in (("ReLU", {}), ("TopK 32", TOPK))}
-LOOPS = {"standard, ReLU, F = D": dict(expansion=1), "standard, TopK 32, F = 8 D": dict(expansion=8, **TOPK)}
+LOOPS = {label: 1 for label in CASES if "ReLU" in label} | {       # label: F / D
+    label: 8 for label in CASES if "TopK" in label and "hierarchical" not in label}
 TOKENS = 2048             # of one step
 
 
@@ -150,24 +152,32 @@ def status_bytes(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def whole_loop(lm, layer, tokens, data="bundled"):
-    """Harvest `tokens` into a fresh cache, then one epoch: {case: seconds of both, share, peak RSS}."""
-    import tsae
+def whole_loop(lm, layer, tokens, cases, data="bundled"):
+    """Harvest `tokens` into a fresh cache, then one epoch of each case, 2048 tokens a step, nothing evaluated:
+    {label: {tokens, F/D, harvest_s, epoch_s, share = harvest / (harvest + epoch)}}. `train` is whole: model, optimiser,
+    log, checkpoint."""
     rows = {}
-    for label, values in LOOPS.items():
-        with tempfile.TemporaryDirectory() as here, contextlib.redirect_stderr(io.StringIO()):
-            cfg = tsae.Config(temporal=False, layer=str(layer), data=data, tokens=tokens, steps=0, batch_size=16,
-                              lm_batch=16, buffer=tokens // 128, cache=f"{here}/cache", out=f"{here}/run", eval="none", **values)
+    with tempfile.TemporaryDirectory() as here, contextlib.redirect_stderr(io.StringIO()):
+        def config(label):
+            script, values = CASES[label]
+            module = importlib.import_module(script)
+            more = module.VARIANTS[values["variant"]] if script == "mtsae" else {}
+            return module, module.Config(**{**more, **values, **dict(
+                layer=str(layer), model="auto", data=data, tokens=tokens, steps=0, batch_size=16, lm_batch=16,
+                buffer=tokens // 128, dtype="auto", cache=f"{here}/cache", out=f"{here}/{len(rows)}", eval="none",
+                expansion=LOOPS[label])})
+        start = time.perf_counter()
+        store = common.open_stores(config(cases[0])[1], lm, [layer], "train")[layer]
+        sync()
+        harvest = time.perf_counter() - start
+        for label in cases:
+            module, cfg = config(label)
             start = time.perf_counter()
-            store = common.open_stores(cfg, lm, [layer], "train")[layer]
+            module.train(cfg, common.Activations(cfg, lm, layer, store, store))
             sync()
-            middle = time.perf_counter()
-            tsae.train(cfg, common.Activations(cfg, lm, layer, store, store))
-            sync()
-            end = time.perf_counter()
-        rows[label] = {"tokens": tokens, "harvest_s": middle - start, "epoch_s": end - middle,
-                       "share": (middle - start) / (end - start),
-                       "peak_rss_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+            epoch = time.perf_counter() - start
+            rows[label] = {"tokens": tokens, "F/D": cfg.expansion, "harvest_s": harvest, "epoch_s": epoch,
+                           "share": harvest / (harvest + epoch)}
     return rows
 
 
@@ -202,7 +212,13 @@ def measure(args):
             "fastest": min(values) / TOKENS, "slowest": max(values) / TOKENS, "floor/step": lowest / value,
             "lm_share": table["lm_seconds_per_token"] / (table["lm_seconds_per_token"] + value / TOKENS),
             "peak_bytes": peaks[dtype, expansion, label]})
-    table["loops"] = whole_loop(lm, args.layer, args.loop_tokens) if args.loop_tokens else {}
+    looped = [label for label in cases if label in LOOPS]
+    loops = [whole_loop(lm, args.layer, args.loop_tokens, looped) for _ in range(args.repeats)
+             if args.loop_tokens and looped]
+    table["loops"] = {label: {key: statistics.median(row[label][key] for row in loops) for key in loops[0][label]}
+                      for label in looped if loops}
+    table["loop_dtype"] = str(common.pick_dtype("auto", common.pick_device())).removeprefix("torch.")
+    table["peak_rss_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     return table
 
 
@@ -216,7 +232,7 @@ def show(table):
         lines.append(f"{row['dtype']:<9} {row['F/D']:>3} {row['case']:<32} {1 / row['seconds_per_token']:>9,.0f} {spread:>17} "
                      f"{row['floor/step']:>10.2f} {row['lm_share']:>8.2f} {peak:>8}")
     for label, row in table["loops"].items():
-        lines.append(f"whole loop, {label}: harvest {row['harvest_s']:.1f} s, epoch {row['epoch_s']:.1f} s for {row['tokens']:,} "
+        lines.append(f"whole loop, {label}, F = {row['F/D']} D: harvest {row['harvest_s']:.1f} s, epoch {row['epoch_s']:.1f} s for {row['tokens']:,} "
                      f"tokens; harvest alone is {row['share']:.2f} of it")
     if table["device"] == "cpu":
         lines.append("cuda: not run (no CUDA device here)")
@@ -339,10 +355,10 @@ def parts_table(table):
                      f"{row['lm_share']:.2f} | {peak} |")
     for label, row in table["loops"].items():
         whole = (row["harvest_s"] + row["epoch_s"]) / row["tokens"]
-        lines.append(f"| whole loop, {label}: {row['tokens']:,} tokens | | | {whole * 1e6:,.0f} | | {row['share']:.2f} | "
-                     f"process {row['peak_rss_GB']:.2f} GB |")
+        lines.append(f"| whole loop, {label}: {row['tokens']:,} tokens | {table['loop_dtype']} | {row['F/D']} | "
+                     f"{whole * 1e6:,.0f} | | {row['share']:.2f} | |")
     lines.append(f"\nDevice: {table['device']}; {table['versions']['cpu']}; {table['model']}, D = {table['D']}; commit "
-                 f"{table['versions']['commit']}." + (" CUDA: not run." if table["device"] == "cpu" else ""))
+                 f"{table['versions']['commit']}; at its largest the process held {table['peak_rss_GB']:.2f} GB." + (" CUDA: not run." if table["device"] == "cpu" else ""))
     return "\n".join(lines)
 
 
@@ -363,10 +379,11 @@ def main():
     parser.add_argument("--expansions", default="1,4,16")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
-    parser.add_argument("--loop_tokens", type=int, default=8192, help="tokens of the whole loop; 0 = leave it out")
+    parser.add_argument("--loop_tokens", type=int, default=16384, help="tokens of the whole loop; 0 = leave it out")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of throughput.json and throughput.png")
     args = parser.parse_args()
     path = Path(args.out) / "throughput.json"
+    common.keep_freed_memory()                             # as every script does
     if args.what == "readme":
         readme = HERE / "benchmarks" / "README.md"
         table = json.loads(path.read_text()) if path.exists() else None
