@@ -228,7 +228,6 @@ def apply_presets(cfg, given, laptop, variants):
 def launch(doc, Config, laptop, choices, Model, train, argv=None, variants=None):
     """A script's main: parse, open the activations once, train (or evaluate) each layer. -> exit status."""
     try:
-        torch.set_float32_matmul_precision("high")
         keep_freed_memory()
         cfg, given = parse_args(doc, Config, choices, argv)
         start_processes(cfg)
@@ -239,6 +238,7 @@ def launch(doc, Config, laptop, choices, Model, train, argv=None, variants=None)
             check(cfg)
             apply_presets(cfg, given, laptop, variants)
         check(cfg)
+        fast_products(pick_device(cfg.device))
         skipped = []                                       # evaluations that could not be had: exit status 3
         for acts in open_activations(cfg):
             if cfg.k > acts.D * cfg.expansion:
@@ -260,6 +260,21 @@ def launch(doc, Config, laptop, choices, Model, train, argv=None, variants=None)
         print(f"error: the disk is full ({error.filename or 'while writing'}); what was saved before is intact: "
               "free some space and continue with --resume.", file=sys.stderr)
         return 2
+
+
+def fast_products(device):
+    """fp32 matrix products: TF32 on a GPU; on a CPU oneDNN's, where they keep fp32's precision.
+
+    On AMD they are 1.2 to 2 times as fast as MKL's with the same error (4e-7 against 3e-7 at K = 576). On a CPU
+    with matrix units (AMX) oneDNN would round to bf16, so one product is compared with double precision first.
+    """
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        x = torch.randn(256, 256, generator=generator(0, "fast_products"))
+        exact = x.double() @ x.double()
+        torch.set_float32_matmul_precision("medium")
+        if (x @ x - exact).norm() > 1e-5 * exact.norm():
+            torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory():

@@ -3469,6 +3469,27 @@ def test_speed_freed_memory_is_kept_where_the_c_library_can():
             common.keep_freed_memory()
 
 
+def test_speed_fp32_products_keep_their_precision():
+    """After fast_products a product has fp32's error; where the fast way rounds to bf16 it is not taken."""
+    before, real = torch.get_float32_matmul_precision(), torch.randn
+    try:
+        common.fast_products(torch.device("cpu"))
+        x = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
+        exact = x.double() @ x.double()
+        assert (x @ x - exact).norm() < 1e-6 * exact.norm()
+
+        class Rounding:
+            """A matrix whose products come out in bf16."""
+            double = x.double
+            __matmul__ = lambda self, other: (x @ x).bfloat16().float()
+        torch.randn = lambda *shape, generator: Rounding()
+        common.fast_products(torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.randn = real
+        torch.set_float32_matmul_precision(before)
+
+
 def throughput():
     sys.path.insert(0, str(HERE / "benchmarks"))
     import throughput as module

@@ -384,6 +384,7 @@ def main():
     args = parser.parse_args()
     path = Path(args.out) / "throughput.json"
     common.keep_freed_memory()                             # as every script does
+    common.fast_products(common.pick_device())
     if args.what == "readme":
         readme = HERE / "benchmarks" / "README.md"
         table = json.loads(path.read_text()) if path.exists() else None
