@@ -3806,6 +3806,30 @@ def test_hygiene_open_points_are_marked_in_the_body():
             assert name in declared, f"{script}: {name} is marked and not declared in the docstring"
 
 
+def test_hygiene_choices_page_and_readme_follow_the_docstrings():
+    """docs/choices.md is what docs/choices.py writes, and README's short list names declared ids and real flags."""
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("choices", HERE / "docs/choices.py")
+    choices = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(choices)
+    assert (HERE / "docs/choices.md").read_text() == choices.page(), "run python docs/choices.py"
+    declared = {}
+    for script in SCRIPTS:
+        rows = choices.entries(script)
+        assert [(kind, name) for kind, name, _, _ in rows] == re.findall(
+            r"^    (AMBIGUOUS|UNSPECIFIED|DEVIATION) ([AUD]\d+)", source(script)[0], flags=re.M), script
+        declared[script] = {name: text for _, name, text, _ in rows}
+    section = (HERE / "README.md").read_text().split("## What the papers leave open")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (all four|`(\w+)\.py`) \| ([AUD]\d+) \| .* \| (.*) \|$", section, flags=re.M)
+    assert len(rows) > 8
+    for _, script, name, code in rows:
+        for one in [script] if script else SCRIPTS:
+            assert name in declared[one], (one, name)
+            fields = importlib.import_module(one).Config.__dataclass_fields__
+            for flag in re.findall(r"--(\w+)", code):
+                assert flag in fields, (one, flag)
+
+
 def definitions(script):
     """{qualified name: syntax tree without docstring} of a script's functions and classes."""
     found = {}

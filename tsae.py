@@ -314,7 +314,7 @@ def temporal_loss(f, mask, cfg):
     """
     m = mask.float()                                                      # (B, T)
     A = lag_weights(f.shape[1], cfg, f.device) * m[:, :, None] * m[:, None, :]   # (B, T, T)
-    with torch.autocast(f.device.type, enabled=False):                    # fp32: differences of sums
+    with torch.autocast(f.device.type, enabled=False):   # fp32: differences of sums
         L = torch.diag_embed(A.sum(-1)) - A
         return LagQuadratic.apply(f, L, m[:, None], cfg)
 
