@@ -1,7 +1,7 @@
 """What the four scripts share and no paper claims: language models, token windows, the activation
 buffer, the run folder, evaluations, tables and figures.
 
-Sections: Basics · Command line · Processes · Sparse products · Language model · Text · Activations ·
+Sections: Basics · Command line · Processes · Sparse products · Recurrence · Language model · Text · Activations ·
 Synthetic data · Run folder · Evaluation: core and temporal metrics · Evaluation: probing · Evaluation:
 unlearning and steering · Export · Tables and figures · Feature page.
 
@@ -458,6 +458,82 @@ def feature_sums(f, index, weight, n_features):
     if index is None:
         return (weight.reshape(1, -1).to(f.dtype) @ f.flatten(0, -2))[0]
     return f.new_zeros(n_features).index_add(0, index.flatten(), (f * weight[..., None]).flatten())
+
+
+# ---------------------------------------------------------------------------------------------
+# Recurrence: a GRU on a CPU
+# ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_products():
+    """fp32 products by MKL: they start in 13 microseconds where oneDNN's take 33 (4 x 144 times 144 x 432)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class GRULayer(torch.autograd.Function):
+    """One GRU layer from its input products: gi (T, B, 3 H), W (3 H, H), b (3 H,) -> states (T, B, H), fp32.
+
+    r, u = sigmoid(gi + W h + b) of the first two thirds, n = tanh(gi_n + r (W h + b)_n), h <- n + u (h - n), h_0 = 0.
+    Written out because autograd through T steps costs more than their arithmetic: what does not depend on the gradient
+    is computed for all steps at once, and the gradient of W is one product after the loop.
+    """
+
+    @staticmethod
+    def forward(ctx, gi, W, b):
+        T, B, H = gi.shape[0], gi.shape[1], W.shape[1]
+        h, Wt = gi.new_zeros(T + 1, B, H), W.t().contiguous()
+        ru, n, gh = gi.new_empty(T, B, 2 * H), gi.new_empty(T, B, H), gi.new_empty(T, B, 3 * H)
+        steps = zip(*(part.unbind() for part in (
+            h[:-1], h[1:], gi[..., :2 * H], gi[..., 2 * H:], ru, ru[..., :H], ru[..., H:], n, gh, gh[..., :2 * H], gh[..., 2 * H:])))
+        with small_products():
+            for h_t, h_next, gi_ru, gi_n, ru_t, r, u, n_t, gh_t, gh_ru, gh_n in steps:
+                torch.addmm(b, h_t, Wt, out=gh_t)
+                torch.add(gi_ru, gh_ru, out=ru_t).sigmoid_()
+                torch.addcmul(gi_n, r, gh_n, out=n_t).tanh_()
+                torch.lerp(n_t, h_t, u, out=h_next)
+        ctx.save_for_backward(W, h, ru, n, gh[..., 2 * H:])
+        return h[1:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        W, h, ru, n, gh_n = ctx.saved_tensors
+        T, B, H = n.shape
+        r, u = ru.split(H, -1)
+        to_n = (1 - u) * (1 - n.square())                                         # of dL/dh: to n before the tanh,
+        to_u = (h[:-1] - n) * u * (1 - u)                                         # to u before the sigmoid,
+        to_r = to_n * gh_n * r * (1 - r)                                          # and to r
+        factor = torch.stack([to_r, to_u, to_n * r], 2)                           # (T, B, 3, H)
+        dgh, dh = torch.empty_like(factor), grad.new_empty(T, B, H)
+        steps = [part.unbind() for part in (grad, factor, dgh, dgh.flatten(2), u, dh)]
+        later = grad.new_zeros(B, H)
+        with small_products():
+            for grad_t, factor_t, dgh_t, flat_t, u_t, dh_t in zip(*map(reversed, steps)):
+                torch.add(later, grad_t, out=dh_t)
+                torch.mul(dh_t[:, None], factor_t, out=dgh_t)
+                later = torch.addmm(dh_t * u_t, flat_t, W)
+        flat = dgh.view(T * B, 3 * H)
+        dgi = torch.cat([dgh[:, :, :2].flatten(2), to_n * dh], -1)
+        return dgi, flat.t() @ h[:-1].reshape(T * B, H), flat.sum(0)
+
+
+def run_gru(gru, x):
+    """States of the last layer of a batch_first nn.GRU: x (B, T, D) -> (B, T, H). On a CPU by GRULayer, in fp32 after the
+    input products: a third of a training step of nn.GRU's time; elsewhere nn.GRU itself (cuDNN)."""
+    if x.device.type != "cpu":
+        return gru(x)[0]
+    h = x.transpose(0, 1)
+    for layer in range(gru.num_layers):
+        W_in, W, b_in, b = (getattr(gru, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        gi = F.linear(h, W_in, b_in).float()
+        with torch.autocast("cpu", enabled=False):                                # fp32: T steps add up
+            h = GRULayer.apply(gi, W, b)
+    return h.transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------

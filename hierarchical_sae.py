@@ -368,7 +368,8 @@ class HierarchicalSAE(nn.Module):
     def predict(self, image):   # EXERCISE 12
         """The features' image z_t W_dec at all t -> the prediction of it at t+1, both (B, T, D)."""
         # Sec. 1, 5.1: a two-layer GRU tracks features; its state predicts them     UNSPECIFIED U7
-        state, _ = self.gru(image if self.W_track is None else image @ self.W_track)
+        read = image if self.W_track is None else image @ self.W_track
+        state = common.run_gru(self.gru, read)
         return state @ self.W_next                                        # (B, T, D)
 
     def watch(self, f, gate, mask):

@@ -3469,6 +3469,25 @@ def test_speed_freed_memory_is_kept_where_the_c_library_can():
             common.keep_freed_memory()
 
 
+def test_speed_gru_equals_torchs():
+    """The written-out GRU: states and all gradients of a two-layer nn.GRU in double precision, and precisions restored."""
+    torch.manual_seed(0)
+    gru, x, weight = nn.GRU(6, 5, num_layers=2, batch_first=True), torch.randn(3, 9, 6), torch.randn(3, 9, 5)
+    results = []
+    for run, dtype in ((lambda x: gru(x)[0], torch.float64), (lambda x: common.run_gru(gru, x), torch.float32)):
+        gru.to(dtype).zero_grad()
+        inputs = x.to(dtype).requires_grad_()
+        states = run(inputs)
+        (states * weight).sum().backward()
+        results.append([states.detach(), inputs.grad, *(p.grad.clone() for p in gru.parameters())])
+    for want, found in zip(*results):
+        assert found.shape == want.shape and (found - want).abs().max() < 2e-6
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert common.run_gru(gru, x).dtype == torch.float32
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_speed_fp32_products_keep_their_precision():
     """After fast_products a product has fp32's error; where the fast way rounds to bf16 it is not taken."""
     before, real = torch.get_float32_matmul_precision(), torch.randn
