@@ -489,10 +489,10 @@ class GRULayer(torch.autograd.Function):
         T, B, H = gi.shape[0], gi.shape[1], W.shape[1]
         h, Wt = gi.new_zeros(T + 1, B, H), W.t().contiguous()
         ru, n, gh = gi.new_empty(T, B, 2 * H), gi.new_empty(T, B, H), gi.new_empty(T, B, 3 * H)
-        steps = zip(*(part.unbind() for part in (
-            h[:-1], h[1:], gi[..., :2 * H], gi[..., 2 * H:], ru, ru[..., :H], ru[..., H:], n, gh, gh[..., :2 * H], gh[..., 2 * H:])))
+        parts = (h[:-1], h[1:], gi[..., :2 * H], gi[..., 2 * H:], ru, ru[..., :H], ru[..., H:], n, gh, gh[..., :2 * H],
+                 gh[..., 2 * H:])
         with small_products():
-            for h_t, h_next, gi_ru, gi_n, ru_t, r, u, n_t, gh_t, gh_ru, gh_n in steps:
+            for h_t, h_next, gi_ru, gi_n, ru_t, r, u, n_t, gh_t, gh_ru, gh_n in zip(*(p.unbind() for p in parts)):
                 torch.addmm(b, h_t, Wt, out=gh_t)
                 torch.add(gi_ru, gh_ru, out=ru_t).sigmoid_()
                 torch.addcmul(gi_n, r, gh_n, out=n_t).tanh_()
@@ -529,7 +529,8 @@ def run_gru(gru, x):
         return gru(x)[0]
     h = x.transpose(0, 1)
     for layer in range(gru.num_layers):
-        W_in, W, b_in, b = (getattr(gru, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+        W_in, W, b_in, b = (getattr(gru, f"{name}_l{layer}") for name in names)
         gi = F.linear(h, W_in, b_in).float()
         with torch.autocast("cpu", enabled=False):                                # fp32: T steps add up
             h = GRULayer.apply(gi, W, b)
