@@ -492,11 +492,11 @@ class GRULayer(torch.autograd.Function):
         parts = (h[:-1], h[1:], gi[..., :2 * H], gi[..., 2 * H:], ru, ru[..., :H], ru[..., H:], n, gh, gh[..., :2 * H],
                  gh[..., 2 * H:])
         with small_products():
-            for h_t, h_next, gi_ru, gi_n, ru_t, r, u, n_t, gh_t, gh_ru, gh_n in zip(*(p.unbind() for p in parts)):
+            for h_t, after, gi_ru, gi_n, ru_t, r, u, n_t, gh_t, gh_ru, gh_n in zip(*(p.unbind() for p in parts)):
                 torch.addmm(b, h_t, Wt, out=gh_t)
                 torch.add(gi_ru, gh_ru, out=ru_t).sigmoid_()
                 torch.addcmul(gi_n, r, gh_n, out=n_t).tanh_()
-                torch.lerp(n_t, h_t, u, out=h_next)
+                torch.lerp(n_t, h_t, u, out=after)
         ctx.save_for_backward(W, h, ru, n, gh[..., 2 * H:])
         return h[1:]
 
