@@ -1,9 +1,9 @@
 """What the four scripts share and no paper claims: language models, token windows, the activation
 buffer, the run folder, evaluations, tables and figures.
 
-Sections: Basics · Command line · Processes · Sparse products · Recurrence · Language model · Text · Activations ·
-Synthetic data · Run folder · Evaluation: core and temporal metrics · Evaluation: probing · Evaluation:
-unlearning and steering · Export · Tables and figures · Feature page.
+Sections: Basics · Command line · Processes · Sparse products · Recurrence · Language model · Text ·
+Activations · Synthetic data · Run folder · Evaluation: core and temporal metrics · Evaluation: probing ·
+Evaluation: unlearning and steering · Export · Tables and figures · Feature page.
 
 One direction: text -> token windows (N, 1+T) -> language-model blocks 0..L -> x (N, T, D) and
 mask (N, T) -> shuffled batches -> the script's loop. Nothing here calls back into a script except
@@ -523,8 +523,11 @@ class GRULayer(torch.autograd.Function):
 
 
 def run_gru(gru, x):
-    """States of the last layer of a batch_first nn.GRU: x (B, T, D) -> (B, T, H). On a CPU by GRULayer, in fp32 after the
-    input products: a third of a training step of nn.GRU's time; elsewhere nn.GRU itself (cuDNN)."""
+    """States of the last layer of a batch_first nn.GRU: x (B, T, D) -> (B, T, H).
+
+    On a CPU by GRULayer, in fp32 after the input products, in less than half of nn.GRU's time (25 to 34 against 59 to
+    82 ms forward and backward, B = 4, T = 128, two layers of 144); elsewhere nn.GRU itself (cuDNN).
+    """
     if x.device.type != "cpu":
         return gru(x)[0]
     h = x.transpose(0, 1)
