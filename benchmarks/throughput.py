@@ -152,6 +152,24 @@ def status_bytes(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
+def buffer_memory(D, n=512, T=128):
+    """Bytes of a live buffer of n sequences, bf16: by formula n x T x D x 2, and measured while it is filled
+    (32 sequences at a time, which come on top)."""
+    device = common.pick_device()
+
+    class Store:
+        lm_batch = 32
+        get = lambda self, rows, device: (torch.ones(len(rows), T, D, dtype=torch.bfloat16, device=device),
+                                          torch.ones(len(rows), T, dtype=torch.bool, device=device))
+    mark = memory_mark()
+    buffer = common.Buffer(Store(), torch.arange(n), device)
+    buffer.harvest(1.0)
+    sync()
+    peak = memory_peak(mark)
+    return {"sequences": n, "T": T, "D": D, "formula_bytes": n * T * D * 2, "one_pass_bytes": 32 * T * D * 2,
+            "measured_bytes": peak}
+
+
 def whole_loop(lm, layer, tokens, cases, data="bundled"):
     """Harvest `tokens` into a fresh cache, then one epoch of each case, 2048 tokens a step, nothing evaluated:
     {label: {tokens, F/D, harvest_s, epoch_s, share = harvest / (harvest + epoch)}}. `train` is whole: model, optimiser,
@@ -212,6 +230,7 @@ def measure(args):
             "fastest": min(values) / TOKENS, "slowest": max(values) / TOKENS, "floor/step": lowest / value,
             "lm_share": table["lm_seconds_per_token"] / (table["lm_seconds_per_token"] + value / TOKENS),
             "peak_bytes": peaks[dtype, expansion, label]})
+    table["buffer"] = buffer_memory(lm.D)
     looped = [label for label in cases if label in LOOPS]
     loops = [whole_loop(lm, args.layer, args.loop_tokens, looped) for _ in range(args.repeats)
              if args.loop_tokens and looped]
@@ -331,6 +350,16 @@ def memory_table():
     return "\n".join(lines)
 
 
+def buffer_line(table):
+    """The measured buffer in a sentence."""
+    row = (table or {}).get("buffer")
+    if row is None or row["measured_bytes"] is None:
+        return "Measured: not run."
+    return (f"Measured: a buffer of {row['sequences']} sequences of {row['T']} tokens at D = {row['D']} held "
+            f"{row['measured_bytes'] / 1e6:.1f} MB at its peak; the formula gives {row['formula_bytes'] / 1e6:.1f} MB, and "
+            f"{row['one_pass_bytes'] / 1e6:.1f} MB for the pass of the language model that fills it.")
+
+
 def limits():
     """Where an all-reduce takes as long as the arithmetic, by the same formulas, in sentences."""
     lines = []
@@ -365,7 +394,7 @@ def parts_table(table):
 def fill_readme(text, table):
     """Replace what stands between `<!-- throughput NAME -->` and `<!-- end -->`."""
     bodies = {"parts": parts_table(table), "scaling": scaling_table(1, 0), "scaling16": scaling_table(16, 32), "limits": limits(),
-              "memory": memory_table(),
+              "memory": memory_table(), "buffer": buffer_line(table),
               "assumed": "\n".join(f"- `{name}` = {value:g}" for name, value in ASSUMED.items())}
     return re.sub(r"<!-- throughput (\w+) -->\n.*?<!-- end -->",
                   lambda match: f"<!-- throughput {match[1]} -->\n{bodies[match[1]]}\n<!-- end -->", text, flags=re.S)
