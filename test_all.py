@@ -3538,7 +3538,7 @@ def test_speed_cost_page_is_filled_and_says_not_run():
     row = {"case": "standard, ReLU", "dtype": "float32", "F/D": 4, "seconds_per_token": 2e-4, "fastest": 1e-4, "slowest": 3e-4,
            "floor/step": 0.77, "lm_share": 0.6, "peak_bytes": None}
     table = {"device": "cpu", "layer": 19, "D": 8, "model": "m", "versions": {"cpu": "a, b", "commit": "c"}, "rows": [row],
-             "lm_seconds_per_token": 3e-4, "peak_rss_GB": 1.0, "loop_dtype": "float32",
+             "lm_seconds_per_token": 3e-4, "lm_matmul_share": 0.5, "peak_rss_GB": 1.0, "loop_dtype": "float32",
              "loops": {"x": {"tokens": 10, "F/D": 8, "harvest_s": 1.0, "epoch_s": 1.0, "share": 0.5}}}
     filled = module.fill_readme(page, table)
     assert "| standard, ReLU | float32 | 4 | 200 | 0.77 | 0.60 | not measured |" in filled and "CUDA: not run" in filled
@@ -3551,6 +3551,26 @@ def test_speed_cost_page_is_filled_and_says_not_run():
     assert row["measured_bytes"] is None or row["measured_bytes"] < 4 * row["formula_bytes"] + 2 ** 21
     filled = module.fill_readme(page, {**table, "buffer": {**row, "measured_bytes": 2_000_000}})
     assert "held 2.0 MB at its peak; the formula gives 1.0 MB, and 0.5 MB" in filled
+
+
+def test_speed_random_gemma_and_large_batches_are_timed():
+    """Everything measured on a toy of Gemma 2's architecture with random weights, four sequences in two passes."""
+    module, real = throughput(), throughput().random_gemma
+    toy = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+               head_dim=16, vocab_size=1000)
+    module.random_gemma = lambda device, dtype: real(device, dtype, **toy)
+    rate, module.matmul_rate = module.matmul_rate, lambda device, dtype: rate(device, dtype, n=256)
+    args = types.SimpleNamespace(layer=1, repeats=1, expansions="1", dtypes="float32", cases="standard, ReLU,TSAE, ReLU",
+                                 sequences=4, micro_batch=2, random_gemma=True, loop_tokens=99)
+    passes, train = [], module.RandomActivations.batch
+    module.RandomActivations.batch = lambda self, step: passes.append(len(train(self, step))) or train(self, step)
+    try:
+        table = module.measure(args)
+    finally:
+        module.random_gemma, module.matmul_rate, module.RandomActivations.batch = real, rate, train
+    assert set(passes) == {2} and table["loops"] == {} and table["sequences"] == 4
+    assert {row["case"] for row in table["rows"]} >= {"standard, ReLU", "TSAE, ReLU"}
+    assert table["lm_matmul_share"] > 0 and "of the rate of a 4096^3 product" in module.show(table)
 
 
 def test_speed_whole_loop_is_timed():

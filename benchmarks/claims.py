@@ -222,7 +222,7 @@ def trained_steps(script, T=128, D=576, n=16, steps=6, **fields):
     cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = n, 0, steps, T
     acts = throughput.RandomActivations(D, steps, torch.float32)
     acts.T, gen = T, torch.Generator().manual_seed(0)
-    acts.x = torch.randn(n, T, D, generator=gen).to(acts.device)
+    acts.micro, acts.x = n, torch.randn(n, T, D, generator=gen).to(acts.device)
     acts.mask = torch.ones(n, T, dtype=torch.bool, device=acts.device)
     real, common.Run = common.Run, throughput.Stopwatch
     try:

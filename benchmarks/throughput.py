@@ -2,6 +2,8 @@
 
     python benchmarks/throughput.py [--layer 19] [--repeats 3] [--expansions 1,4,16] [--dtypes float32,bfloat16]
     python benchmarks/throughput.py readme         # fill benchmarks/README.md from results/throughput.json
+    python benchmarks/throughput.py --random_gemma --dtypes bfloat16 --expansions 1,16 --sequences 125 --out runs/gpu
+                                                   # on a GPU: Gemma-2-2B's shape with random weights, no download
 
 1. The SAE step alone (forward, backward, AdamW, renormalisation; every script, ReLU and TopK 32) on 2048 tokens of
    random activations, against the five dense matrix products of a standard SAE (encode, decode, and in the backward
@@ -26,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -49,22 +52,22 @@ CASES = {f"{label}, {name}": (script, {**values, **more}) for label, (script, va
          for name, more in (("ReLU", {}), ("TopK 32", TOPK))}
 LOOPS = {label: 1 for label in CASES if "ReLU" in label} | {       # label: F / D
     label: 8 for label in CASES if "TopK" in label and "hierarchical" not in label}
-TOKENS = 2048             # of one step
+SEQUENCES = 16            # of one step, of 128 tokens each
 
 
 class RandomActivations:
-    """What train() needs, over fixed random sequences: 16 of 128 tokens a step."""
+    """What train() needs, over fixed random sequences of 128 tokens, `micro` of them a forward pass."""
 
-    def __init__(self, D, steps, dtype):
+    def __init__(self, D, steps, dtype, sequences=SEQUENCES, micro=0):
         self.D, self.T, self.layer, self.lm, self.truth, self.several = D, 128, 0, None, None, False
-        self.steps, self.device, self.dtype = steps, common.pick_device(), dtype
+        self.steps, self.device, self.dtype, self.micro = steps, common.pick_device(), dtype, micro or sequences
         gen = torch.Generator().manual_seed(0)
-        self.x = torch.randn(16, 128, D, generator=gen).to(self.device)
-        self.mask = torch.ones(16, 128, dtype=torch.bool, device=self.device)
+        self.x = torch.randn(sequences, 128, D, generator=gen).to(self.device)
+        self.mask = torch.ones(sequences, 128, dtype=torch.bool, device=self.device)
         self.mean, self.scale, self.variance = torch.zeros(D, device=self.device), 1.0, float(D)
 
     def batch(self, step):
-        return [(self.x, self.mask)]
+        return list(zip(self.x.split(self.micro), self.mask.split(self.micro)))
 
     autocast = common.Activations.autocast
 
@@ -99,11 +102,11 @@ def sync():
         torch.cuda.synchronize()
 
 
-def floor(D, n_features, dtype, repeats):
-    """Median seconds of the five matrix products of one step on 2048 tokens."""
-    device = common.pick_device()
-    x, f = torch.randn(TOKENS, D, device=device, dtype=dtype), torch.randn(TOKENS, n_features, device=device, dtype=dtype)
-    W, g = torch.randn(D, n_features, device=device, dtype=dtype), torch.randn(TOKENS, D, device=device, dtype=dtype)
+def floor(D, n_features, dtype, repeats, tokens=SEQUENCES * 128):
+    """Median seconds of the five matrix products of one step."""
+    def random(*shape):
+        return torch.randn(*shape, device=common.pick_device(), dtype=dtype)
+    x, f, W, g = random(tokens, D), random(tokens, n_features), random(D, n_features), random(tokens, D)
     seconds = []
     for _ in range(repeats):
         sync()
@@ -114,18 +117,40 @@ def floor(D, n_features, dtype, repeats):
     return statistics.median(seconds)
 
 
-def step_seconds(script, values, D, dtype, steps, skip=1):
+def step_seconds(script, values, D, dtype, steps, skip=1, sequences=SEQUENCES, micro=0):
     """Seconds of each training step of one script, without the first `skip`."""
     module = importlib.import_module(script)
     cfg = module.Config(**{**getattr(module, "VARIANTS", {}).get(values.get("variant"), {}), **values}
                         if script == "mtsae" else values)
-    cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = 16, 0, steps, 128
+    cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = sequences, micro, steps, 128
     real, common.Run = common.Run, Stopwatch
     try:
-        module.train(cfg, RandomActivations(D, steps, dtype))
+        module.train(cfg, RandomActivations(D, steps, dtype, sequences, micro))
     finally:
         common.Run = real
     return Stopwatch.current.seconds[skip:]
+
+
+def random_gemma(device, dtype, **shape):
+    """Gemma-2-2B (transformers' default shape of Gemma 2; shape: other sizes) with random weights: the same arithmetic
+    without a download. It reads token numbers only."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+    with device:
+        model = AutoModelForCausalLM.from_config(Gemma2Config(**shape), dtype=dtype)
+    tokenizer = types.SimpleNamespace(bos_token_id=2, eos_token_id=1, all_special_ids=[0, 1, 2])
+    return common.LM(model, tokenizer, "Gemma-2-2B's shape, random weights", "random", device, dtype)
+
+
+def matmul_rate(device, dtype, n=4096, repeats=3):
+    """FLOP/s of an n x n x n product in this dtype: what the language model's share is measured against."""
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(repeats + 1):
+        sync()
+        start = time.perf_counter()
+        a @ a
+        sync()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
 
 
 def memory_mark():
@@ -201,8 +226,11 @@ def whole_loop(lm, layer, tokens, cases, data="bundled"):
 
 def measure(args):
     """Everything in the docstring -> the table for results/throughput.json."""
-    lm = common.load_lm("auto", common.pick_device(), "auto")
-    tokens = torch.randint(0, 1000, (8, 129), device=lm.device)
+    device = common.pick_device()
+    lm = (random_gemma(device, common.pick_dtype("auto", device)[0]) if args.random_gemma else
+          common.load_lm("auto", device, "auto"))
+    tokens = torch.randint(0, 1000, (32 if device.type == "cuda" else 8, 129), device=device)
+    sizes = dict(sequences=args.sequences, micro=args.micro_batch)
     cases = {k: v for k, v in CASES.items() if any(text in k for text in args.cases.split(","))}
     widths, dtypes = [int(e) for e in args.expansions.split(",")], args.dtypes.split(",")
     seconds, floors, lms, peaks = {}, {}, [], {}
@@ -213,27 +241,29 @@ def measure(args):
         lms.append((time.perf_counter() - start) / tokens[:, 1:].numel())
         for key in ((d, e) for d in dtypes for e in widths):
             dtype, D = getattr(torch, key[0]), lm.D
-            floors.setdefault(key, []).append(floor(D, key[1] * D, dtype, 2))
+            floors.setdefault(key, []).append(floor(D, key[1] * D, dtype, 2, 128 * args.sequences))
             for label, (script, values) in cases.items():
                 mark = memory_mark()
-                took = step_seconds(script, {**values, "expansion": key[1]}, D, dtype, 3)
+                took = step_seconds(script, {**values, "expansion": key[1]}, D, dtype, 3, **sizes)
                 seconds.setdefault((*key, label), []).extend(took)
                 peaks[(*key, label)] = memory_peak(mark)
         print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr, flush=True)
-    table = {"device": str(common.pick_device()), "layer": args.layer, "D": lm.D, "model": lm.name,
+    work = 2 * sum(p.numel() for block in lm.blocks[:args.layer + 1] for p in block.parameters())   # FLOP a token
+    table = {"device": str(device), "layer": args.layer, "D": lm.D, "model": lm.name, **sizes,
              "versions": common.versions(), "repeats": args.repeats, "lm_seconds_per_token": statistics.median(lms),
-             "rows": []}
+             "lm_matmul_share": work / statistics.median(lms) / matmul_rate(device, lm.dtype), "rows": []}
+    step_tokens = 128 * args.sequences
     for (dtype, expansion, label), values in seconds.items():
         value, lowest = statistics.median(values), statistics.median(floors[dtype, expansion])
         table["rows"].append({
-            "case": label, "dtype": dtype, "F/D": expansion, "seconds_per_token": value / TOKENS,
-            "fastest": min(values) / TOKENS, "slowest": max(values) / TOKENS, "floor/step": lowest / value,
-            "lm_share": table["lm_seconds_per_token"] / (table["lm_seconds_per_token"] + value / TOKENS),
+            "case": label, "dtype": dtype, "F/D": expansion, "seconds_per_token": value / step_tokens,
+            "fastest": min(values) / step_tokens, "slowest": max(values) / step_tokens, "floor/step": lowest / value,
+            "lm_share": table["lm_seconds_per_token"] / (table["lm_seconds_per_token"] + value / step_tokens),
             "peak_bytes": peaks[dtype, expansion, label]})
     table["buffer"] = buffer_memory(lm.D)
     looped = [label for label in cases if label in LOOPS]
     loops = [whole_loop(lm, args.layer, args.loop_tokens, looped) for _ in range(args.repeats)
-             if args.loop_tokens and looped]
+             if args.loop_tokens and looped and not args.random_gemma]
     table["loops"] = {label: {key: statistics.median(row[label][key] for row in loops) for key in loops[0][label]}
                       for label in looped if loops}
     table["loop_dtype"] = str(common.pick_dtype("auto", common.pick_device())).removeprefix("torch.")
@@ -243,7 +273,8 @@ def measure(args):
 
 def show(table):
     """The table in lines of text."""
-    lines = [f"LM to block {table['layer']}: {1 / table['lm_seconds_per_token']:,.0f} tokens/s on {table['device']}",
+    lines = [f"LM to block {table['layer']}: {1 / table['lm_seconds_per_token']:,.0f} tokens/s on {table['device']}, "
+             f"{table['lm_matmul_share']:.2f} of the rate of a 4096^3 product",
              f"{'dtype':<9} {'F/D':>3} {'case':<32} {'tokens/s':>9} {'min-max':>17} {'floor/step':>10} {'LM share':>8} {'peak MB':>8}"]
     for row in table["rows"]:
         spread = f"{1 / row['slowest']:,.0f}-{1 / row['fastest']:,.0f}"
@@ -345,7 +376,7 @@ def memory_table():
     lines = ["| D | F / D | live buffer (bf16, one process) | weights, gradients, AdamW | dense step's activations |", "|---|---|---|---|---|"]
     for D in (576, 2304, 4608):
         for expansion in (1, 16):
-            sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * TOKENS * expansion * D * 4
+            sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * SEQUENCES * 128 * expansion * D * 4
             lines.append(f"| {D} | {expansion} | " + " | ".join(f"{size / 1e9:.2f} GB" for size in sizes) + " |")
     return "\n".join(lines)
 
@@ -377,7 +408,8 @@ def parts_table(table):
         return "not run"
     lm = table["lm_seconds_per_token"]
     lines = ["| part | dtype | F / D | microseconds a token | floor / step | LM's share of a run | peak memory of the step |",
-             "|---|---|---|---|---|---|---|", f"| LM to block {table['layer']} | | | {lm * 1e6:,.0f} | | | |"]
+             "|---|---|---|---|---|---|---|", 
+             f"| LM to block {table['layer']} ({table['lm_matmul_share']:.2f} of a 4096³ product's rate) | | | {lm * 1e6:,.0f} | | | |"]
     for row in table["rows"]:
         peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
         lines.append(f"| {row['case']} | {row['dtype']} | {row['F/D']} | {row['seconds_per_token'] * 1e6:,.0f} | {row['floor/step']:.2f} | "
@@ -408,6 +440,9 @@ def main():
     parser.add_argument("--expansions", default="1,4,16")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="sequences of 128 tokens in a step (16: 2048 tokens)")
+    parser.add_argument("--micro_batch", type=int, default=0, help="sequences in a forward pass; 0 = all")
+    parser.add_argument("--random_gemma", action="store_true", help="Gemma-2-2B's shape with random weights; no whole loop")
     parser.add_argument("--loop_tokens", type=int, default=16384, help="tokens of the whole loop; 0 = leave it out")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of throughput.json and throughput.png")
     args = parser.parse_args()
