@@ -3585,6 +3585,65 @@ def test_speed_whole_loop_is_timed():
         assert [path.name for path in here.iterdir()] == ["text.jsonl"]
 
 
+def peers_module():
+    """benchmarks/peers.py as a module."""
+    if str(HERE / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(HERE / "benchmarks"))
+    import peers
+    return peers
+
+
+def test_speed_peers_table_is_filled_and_says_not_run():
+    module, page = peers_module(), (HERE / "benchmarks/README.md").read_text()
+    empty = module.fill_readme(page, None)
+    assert "<!-- peers -->\nnot run\n<!-- end -->" in empty and module.fill_readme(empty, None) == empty
+    case = {"activation": "ReLU", "dtype": "float32"}
+    row = {**case, "library": "SAELens", "F": 576, "seconds_per_token": 1e-4, "fastest": 5e-5, "slowest": 2e-4, "steps": 6,
+           "ours/this": 2.5, "floor/step": 0.31}
+    table = {"device": "cpu", "D": 576, "repeats": 3, "versions": {"cpu": "a, b", "commit": "c", "torch": "2"},
+             "packages": {"sae-lens": "6.0", "eai-sparsify": None}, "rows": [
+                 row, {**row, "library": "alone", "ours/this": None, "floor/step": None},
+                 {**case, "library": "sparsify", "F": None, "reason": "no ReLU SAE"}]}
+    filled = module.fill_readme(page, table)
+    assert "| ReLU | float32 | 576 | SAELens | 10.0 (5.0 to 20.0) | 2.50 | 0.31 |" in filled
+    assert "| ReLU | float32 | 576 | alone | 10.0 (5.0 to 20.0) |  |  |" in filled
+    assert "| ReLU | float32 |  | sparsify | no ReLU SAE | | |" in filled
+    assert "sae-lens 6.0, eai-sparsify not installed" in filled and "CUDA: not run" in filled
+    rest = re.compile(r"<!-- peers -->.*?<!-- end -->", re.S)
+    assert rest.sub("", filled) == rest.sub("", page) and module.fill_readme(filled, None) == empty
+
+
+def test_speed_peers_ours_runs_and_a_missing_package_is_a_row():
+    """The whole program with tiny sizes: our row in a process of its own, a library that is nowhere, its file."""
+    module = peers_module()
+    libraries = {"ours": module.LIBRARIES["ours"], "SAELens": ("no-such-package-of-saes", module.saelens, False)}
+    with folder() as here, replaced(module, "LIBRARIES", libraries), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert module.main("--D 16 --expansions 4 --dtypes float32 --repeats 1 --out .".split()) == 0
+        table = json.loads((here / "peers.json").read_text())
+    assert "| SAELens | not installed | | |" in out.getvalue() and table["packages"] == {"no-such-package-of-saes": None}
+    relu, topk, missing = table["rows"]
+    assert (relu["activation"], topk["activation"]) == ("ReLU", "TopK 32") and missing["reason"] == "not installed"
+    for row in (relu, topk):
+        assert row["F"] == 64 and row["steps"] == 2 and row["ours/this"] == 1 and row["floor/step"] > 0
+        assert 0 < row["fastest"] <= row["seconds_per_token"] <= row["slowest"]
+
+
+def test_speed_peers_each_installed_library_takes_its_steps():
+    """Each library that is installed, in a process of its own: as many seconds as steps were asked for, or the reason."""
+    module, ran = peers_module(), []
+    args = types.SimpleNamespace(D=16, steps=2, expansions="4", dtypes="float32")
+    for name, (package, _, _) in module.LIBRARIES.items():
+        if package and module.version(package):
+            for row in module.start(name, args)["rows"]:
+                reason = module.refusal(name, row["activation"], torch.float32, common.pick_device())
+                assert row.get("reason", "") == reason, (name, row)
+                assert reason or (row["F"] == 64 and len(row["seconds"]) == 2 and min(row["seconds"]) > 0), (name, row)
+            ran.append(name)
+    if not ran:
+        skip("none of the other libraries is installed")
+
+
 # ---------------------------------------------------------------------------------------------
 # Recorded runs: benchmarks/experiments.py
 # ---------------------------------------------------------------------------------------------
