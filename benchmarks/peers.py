@@ -62,7 +62,7 @@ import throughput
 
 ACTIVATIONS = {"ReLU": dict(activation="relu"), "TopK 32": throughput.TOPK}
 K = throughput.TOPK["k"]
-SEQUENCES, LENGTH = 16, throughput.TOKENS // 16
+SEQUENCES, LENGTH = throughput.SEQUENCES, throughput.TOKENS // throughput.SEQUENCES
 LONG = 10_000        # steps of the run that a step belongs to: schedules need a length; none of it is reached
 
 

@@ -53,6 +53,7 @@ CASES = {f"{label}, {name}": (script, {**values, **more}) for label, (script, va
 LOOPS = {label: 1 for label in CASES if "ReLU" in label} | {       # label: F / D
     label: 8 for label in CASES if "TopK" in label and "hierarchical" not in label}
 SEQUENCES = 16            # of one step, of 128 tokens each
+TOKENS = 128 * SEQUENCES
 
 
 class RandomActivations:
@@ -102,7 +103,7 @@ def sync():
         torch.cuda.synchronize()
 
 
-def floor(D, n_features, dtype, repeats, tokens=SEQUENCES * 128):
+def floor(D, n_features, dtype, repeats, tokens=TOKENS):
     """Median seconds of the five matrix products of one step."""
     def random(*shape):
         return torch.randn(*shape, device=common.pick_device(), dtype=dtype)
@@ -376,7 +377,7 @@ def memory_table():
     lines = ["| D | F / D | live buffer (bf16, one process) | weights, gradients, AdamW | dense step's activations |", "|---|---|---|---|---|"]
     for D in (576, 2304, 4608):
         for expansion in (1, 16):
-            sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * SEQUENCES * 128 * expansion * D * 4
+            sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * TOKENS * expansion * D * 4
             lines.append(f"| {D} | {expansion} | " + " | ".join(f"{size / 1e9:.2f} GB" for size in sizes) + " |")
     return "\n".join(lines)
 
