@@ -276,15 +276,17 @@ def show(table):
     """The table in lines of text."""
     lines = [f"LM to block {table['layer']}: {1 / table['lm_seconds_per_token']:,.0f} tokens/s on {table['device']}, "
              f"{table['lm_matmul_share']:.2f} of the rate of a 4096^3 product",
-             f"{'dtype':<9} {'F/D':>3} {'case':<32} {'tokens/s':>9} {'min-max':>17} {'floor/step':>10} {'LM share':>8} {'peak MB':>8}"]
+             f"{'dtype':<9} {'F/D':>3} {'case':<32} {'tokens/s':>9} {'min-max':>17} {'floor/step':>10} {'LM share':>8} "
+             f"{'peak MB':>8}"]
     for row in table["rows"]:
         spread = f"{1 / row['slowest']:,.0f}-{1 / row['fastest']:,.0f}"
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
-        lines.append(f"{row['dtype']:<9} {row['F/D']:>3} {row['case']:<32} {1 / row['seconds_per_token']:>9,.0f} {spread:>17} "
+        rate = 1 / row["seconds_per_token"]
+        lines.append(f"{row['dtype']:<9} {row['F/D']:>3} {row['case']:<32} {rate:>9,.0f} {spread:>17} "
                      f"{row['floor/step']:>10.2f} {row['lm_share']:>8.2f} {peak:>8}")
     for label, row in table["loops"].items():
-        lines.append(f"whole loop, {label}, F = {row['F/D']} D: harvest {row['harvest_s']:.1f} s, epoch {row['epoch_s']:.1f} s for {row['tokens']:,} "
-                     f"tokens; harvest alone is {row['share']:.2f} of it")
+        lines.append(f"whole loop, {label}, F = {row['F/D']} D: harvest {row['harvest_s']:.1f} s, epoch "
+                     f"{row['epoch_s']:.1f} s for {row['tokens']:,} tokens; harvest alone is {row['share']:.2f} of it")
     if table["device"] == "cpu":
         lines.append("cuda: not run (no CUDA device here)")
     return "\n".join(lines)
@@ -299,8 +301,8 @@ def draw(table, path):
     for axis, dtype in zip(axes[0], dtypes):
         for label in dict.fromkeys(row["case"] for row in table["rows"]):
             rows = [row for row in table["rows"] if row["case"] == label and row["dtype"] == dtype]
-            axis.plot([row["F/D"] for row in rows], [row["floor/step"] for row in rows], "o-" if "ReLU" in label else "s--",
-                      color=f"C{names.index(label.rsplit(', ', 1)[0])}", label=label)
+            axis.plot([row["F/D"] for row in rows], [row["floor/step"] for row in rows],
+                      "o-" if "ReLU" in label else "s--", color=f"C{names.index(label.rsplit(', ', 1)[0])}", label=label)
         axis.axhline(1.0, color="grey", linewidth=1)
         axis.set(xscale="log", xlabel="F / D", ylabel="time of five dense products / time of a step",
                  title=f"{dtype} on {table['device']} ({table['versions']['cpu'].split(', ')[1]})")
@@ -323,7 +325,7 @@ MODELS = {  # blocks to the layer read, D, width of the MLP, query width, key/va
 ASSUMED = {
     "peak_flops": 989e12,     # one H100 SXM, bf16, dense (data sheet)
     "lm_use": 0.40,           # share of the peak that a forward pass reaches (assumed)
-    "sae_use": 0.25,          # share of the peak that the SAE step reaches (assumed: memory passes, fp32 master weights)
+    "sae_use": 0.25,          # share of the peak that the SAE step reaches (assumed: memory passes, fp32 weights)
     "link_8": 200e9,          # bytes/s of an all-reduce on each GPU inside a node of 8 (assumed)
     "link_64": 25e9,          # and between nodes (assumed)
     "tokens_per_step": 2048,  # the papers' batch
@@ -361,20 +363,22 @@ def scaling(model, tokens, gpus, F_over_D, k=0):
 
 
 def scaling_table(F_over_D, k):
-    lines = ["| model | tokens | disk with a cache | GPUs | hours | GPU-hours | LM's share | all-reduce leaves | memory a GPU | measured |",
+    lines = ["| model | tokens | disk with a cache | GPUs | hours | GPU-hours | LM's share | all-reduce leaves | "
+             "memory a GPU | measured |",
              "|---|---|---|---|---|---|---|---|---|---|"]
     for name, model in MODELS.items():
         for tokens in (10e6, 500e6, 4e9):
             for gpus in (1, 8, 64):
                 s = scaling(model, tokens, gpus, F_over_D, k)
-                lines.append(f"| {name} | {tokens / 1e6:,.0f} M | {s['disk_TB']:.3g} TB | {gpus} | {s['hours']:.3g} | {s['gpu_hours']:.3g} | "
-                             f"{s['lm_share']:.0%} | {s['efficiency']:.0%} | {s['gpu_GB']:.0f} GB | not run |")
+                lines.append(f"| {name} | {tokens / 1e6:,.0f} M | {s['disk_TB']:.3g} TB | {gpus} | {s['hours']:.3g} | "
+                             f"{s['gpu_hours']:.3g} | {s['lm_share']:.0%} | {s['efficiency']:.0%} | {s['gpu_GB']:.0f} GB | not run |")
     return "\n".join(lines)
 
 
 def memory_table():
-    """Bytes by formula: buffer of 2048 x 128 tokens, SAE with gradients and AdamW, activations of a step of 2048 tokens."""
-    lines = ["| D | F / D | live buffer (bf16, one process) | weights, gradients, AdamW | dense step's activations |", "|---|---|---|---|---|"]
+    """Bytes by formula: buffer of 2048 x 128 tokens, SAE with gradients and AdamW, activations of a 2048-token step."""
+    lines = ["| D | F / D | live buffer (bf16, one process) | weights, gradients, AdamW | dense step's activations |",
+             "|---|---|---|---|---|"]
     for D in (576, 2304, 4608):
         for expansion in (1, 16):
             sizes = 2048 * 128 * D * 2, 4 * 4 * 2 * D * D * expansion, 3 * TOKENS * expansion * D * 4
@@ -388,8 +392,8 @@ def buffer_line(table):
     if row is None or row["measured_bytes"] is None:
         return "Measured: not run."
     return (f"Measured: a buffer of {row['sequences']} sequences of {row['T']} tokens at D = {row['D']} held "
-            f"{row['measured_bytes'] / 1e6:.1f} MB at its peak; the formula gives {row['formula_bytes'] / 1e6:.1f} MB, and "
-            f"{row['one_pass_bytes'] / 1e6:.1f} MB for the pass of the language model that fills it.")
+            f"{row['measured_bytes'] / 1e6:.1f} MB at its peak; the formula gives {row['formula_bytes'] / 1e6:.1f} MB, "
+            f"and {row['one_pass_bytes'] / 1e6:.1f} MB for the pass of the language model that fills it.")
 
 
 def limits():
@@ -398,8 +402,10 @@ def limits():
     for name, model in MODELS.items():
         for F_over_D, k in ((1, 0), (16, 32)):
             one, many = scaling(model, 1e9, 8, F_over_D, k), scaling(model, 1e9, 64, F_over_D, k)
-            lines.append(f"- {name}, F = {F_over_D} D{', TopK 32' if k else ''}: 8 GPUs keep {one['efficiency']:.0%} of their arithmetic, "
-                         f"64 GPUs {many['efficiency']:.0%}; from 8 to 64 the run gets {one['hours'] / many['hours']:.1f} times as fast.")
+            faster = one["hours"] / many["hours"]
+            lines.append(f"- {name}, F = {F_over_D} D{', TopK 32' if k else ''}: 8 GPUs keep {one['efficiency']:.0%} of "
+                         f"their arithmetic, 64 GPUs {many['efficiency']:.0%}; from 8 to 64 the run gets {faster:.1f} "
+                         "times as fast.")
     return "\n".join(lines)
 
 
@@ -408,26 +414,28 @@ def parts_table(table):
     if table is None:
         return "not run"
     lm = table["lm_seconds_per_token"]
-    lines = ["| part | dtype | F / D | microseconds a token | floor / step | LM's share of a run | peak memory of the step |",
+    lines = ["| part | dtype | F / D | microseconds a token | floor / step | LM's share of a run | peak of the step |",
              "|---|---|---|---|---|---|---|", 
-             f"| LM to block {table['layer']} ({table['lm_matmul_share']:.2f} of a 4096³ product's rate) | | | {lm * 1e6:,.0f} | | | |"]
+             f"| LM to block {table['layer']} ({table['lm_matmul_share']:.2f} of a 4096³ product's rate) | | | "
+             f"{lm * 1e6:,.0f} | | | |"]
     for row in table["rows"]:
         peak = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
-        lines.append(f"| {row['case']} | {row['dtype']} | {row['F/D']} | {row['seconds_per_token'] * 1e6:,.0f} | {row['floor/step']:.2f} | "
-                     f"{row['lm_share']:.2f} | {peak} |")
+        lines.append(f"| {row['case']} | {row['dtype']} | {row['F/D']} | {row['seconds_per_token'] * 1e6:,.0f} | "
+                     f"{row['floor/step']:.2f} | {row['lm_share']:.2f} | {peak} |")
     for label, row in table["loops"].items():
         whole = (row["harvest_s"] + row["epoch_s"]) / row["tokens"]
         lines.append(f"| whole loop, {label}: {row['tokens']:,} tokens | {table['loop_dtype']} | {row['F/D']} | "
                      f"{whole * 1e6:,.0f} | | {row['share']:.2f} | |")
     lines.append(f"\nDevice: {table['device']}; {table['versions']['cpu']}; {table['model']}, D = {table['D']}; commit "
-                 f"{table['versions']['commit']}; at its largest the process held {table['peak_rss_GB']:.2f} GB." + (" CUDA: not run." if table["device"] == "cpu" else ""))
+                 f"{table['versions']['commit']}; at its largest the process held {table['peak_rss_GB']:.2f} GB."
+                 + (" CUDA: not run." if table["device"] == "cpu" else ""))
     return "\n".join(lines)
 
 
 def fill_readme(text, table):
     """Replace what stands between `<!-- throughput NAME -->` and `<!-- end -->`."""
-    bodies = {"parts": parts_table(table), "scaling": scaling_table(1, 0), "scaling16": scaling_table(16, 32), "limits": limits(),
-              "memory": memory_table(), "buffer": buffer_line(table),
+    bodies = {"parts": parts_table(table), "scaling": scaling_table(1, 0), "scaling16": scaling_table(16, 32),
+              "limits": limits(), "memory": memory_table(), "buffer": buffer_line(table),
               "assumed": "\n".join(f"- `{name}` = {value:g}" for name, value in ASSUMED.items())}
     return re.sub(r"<!-- throughput (\w+) -->\n.*?<!-- end -->",
                   lambda match: f"<!-- throughput {match[1]} -->\n{bodies[match[1]]}\n<!-- end -->", text, flags=re.S)
@@ -441,9 +449,10 @@ def main():
     parser.add_argument("--expansions", default="1,4,16")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--cases", default="", help="only cases whose label holds one of these texts (comma)")
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="sequences of 128 tokens in a step (16: 2048 tokens)")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="sequences of 128 tokens in a step")
     parser.add_argument("--micro_batch", type=int, default=0, help="sequences in a forward pass; 0 = all")
-    parser.add_argument("--random_gemma", action="store_true", help="Gemma-2-2B's shape with random weights; no whole loop")
+    parser.add_argument("--random_gemma", action="store_true",
+                        help="Gemma-2-2B's shape with random weights; no whole loop")
     parser.add_argument("--loop_tokens", type=int, default=16384, help="tokens of the whole loop; 0 = leave it out")
     parser.add_argument("--out", default=str(HERE / "results"), help="folder of throughput.json and throughput.png")
     args = parser.parse_args()

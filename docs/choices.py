@@ -26,7 +26,7 @@ def page():
     """The whole page."""
     lines = ["# What the papers leave open, and how it is settled", "",
              "Written by `python docs/choices.py` from the docstrings of the scripts, where each id is repeated at the",
-             "line that settles it: `grep -n \"AMBIGUOUS A3\" tsae.py`. AMBIGUOUS: the paper can be read in two ways (or",
+             "line that settles it: `grep -n 'AMBIGUOUS A3' tsae.py`. AMBIGUOUS: the paper can be read in two ways (or",
              "contradicts itself); UNSPECIFIED: it says nothing; DEVIATION: it says something else than the code does."]
     for script, paper in SCRIPTS.items():
         lines += ["", f"## {script}.py ({'papers' if 'and' in paper else 'paper'} {paper})", "",
