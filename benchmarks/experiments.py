@@ -328,7 +328,8 @@ def causal(command):
 
 
 def show(table, columns=None):
-    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed; columns: those with values."""
+    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed, `seconds` of training the fastest
+    seed's (others may have shared the machine); columns: those with values."""
     columns = columns or [c for c, name in COLUMNS.items() if any(name in row["mean"] for row in table.values())]
     lines = ["| row | seeds | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for label, row in table.items():
@@ -337,6 +338,8 @@ def show(table, columns=None):
             name = COLUMNS.get(title, title)
             mean, sd = row["mean"].get(name), row["sd"].get(name)
             digits = 1 if mean is not None and abs(mean) >= 10 else 3
+            if title == "seconds" and mean is not None:
+                mean, sd, digits = min(row["values"][name].values()), None, 0
             cells.append("" if mean is None else f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}"))
         label = label.removesuffix(" | layer 19").replace(" | ", ", ").strip()
         if "core.ce_loss_score" in row["mean"] and "CE score" in columns and not causal(row["command"]):
