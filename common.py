@@ -1378,6 +1378,7 @@ class Run:
         self.start, self.total, self.log_bytes, self.sums = 0, acts.steps, 0, {}
         self.finished = (self.dir / "eval.json").exists()
         self.bar, self.stop, self.clock, self.train_seconds = None, False, None, None
+        self.earlier = 0.0                               # seconds of training before a resume
         if cfg.run:
             if not self.finished:
                 raise UserError(f"{self.dir} is not a finished run; continue it with --resume {self.dir}.")
@@ -1432,8 +1433,15 @@ class Run:
         log = self.dir / "log.jsonl"
         if not log.exists() or log.stat().st_size < self.log_bytes:
             raise UserError(f"{log} is shorter than at the checkpoint; the run cannot be continued exactly.")
+        timing = self.dir / "timing.jsonl"
+        lines = timing.read_text().splitlines() if timing.exists() else []
+        done = [line for line in lines if json.loads(line)["step"] < self.start]
+        if done:
+            self.earlier = self.train_seconds = json.loads(done[-1])["seconds"]
+        barrier()                                        # all have read it
         if rank() == 0:
             os.truncate(log, self.log_bytes)
+            write_atomic(timing, "".join(line + "\n" for line in done))
         say(f"resuming {self.dir} at step {self.start} of {self.total}")
 
     def load_weights(self):
@@ -1461,7 +1469,7 @@ class Run:
                     self.save(step + 1)
                     raise Interrupted(f"stopped and saved after step {step + 1}; continue with --resume {self.dir}")
             if self.total > self.start:
-                self.train_seconds = round(time.perf_counter() - self.clock, 1)
+                self.train_seconds = round(self.earlier + time.perf_counter() - self.clock, 1)
                 self.save(self.total)
         finally:
             self.bar.close()
@@ -1499,8 +1507,9 @@ class Run:
             rate = (step + 1 - self.start) * self.tokens_per_step / max(seconds, 1e-9)
             with open(self.dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+            times = {"step": step, "seconds": round(self.earlier + seconds, 3), "tokens_per_s": round(rate)}
             with open(self.dir / "timing.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(rate)}) + "\n")
+                file.write(json.dumps(times) + "\n")
             self.bar.set_postfix_str(f"loss {loss:.3g} EV {row.get('EV', float('nan')):.3f} "
                                      f"L0 {row.get('active', float('nan')):.0f} {rate:,.0f} tok/s", refresh=False)
 

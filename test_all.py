@@ -585,6 +585,11 @@ def killed_and_resumed(script, *flags):
         for name in ("log.jsonl", "sae_weights.safetensors"):
             assert (here / "killed" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
         assert steps_done < len((here / "whole/log.jsonl").read_text().splitlines()) + 1
+        times = [json.loads(line) for line in (here / "killed/timing.jsonl").read_text().splitlines()]
+        steps, seconds = ([row[key] for row in times] for key in ("step", "seconds"))
+        assert steps == sorted(set(steps)) and seconds == sorted(seconds)     # both parts, each step once
+        total = json.loads((here / "killed/eval.json").read_text())["train_seconds"]
+        assert total >= seconds[-1] - 0.1, "the seconds before the kill are not counted"
 
 
 def test_killed_run_resumes_exactly():
