@@ -3342,7 +3342,10 @@ def test_speed_neighbour_cosine_of_lists():
 
 def test_speed_gathered_topk_trains_resumes_and_splits():
     flags = ("--activation", "topk", "--k", 4, "--expansion", 2, "--dtype", "float32")    # F / k = 32: gathered
-    assert common.gather_pays(config(tsae, activation="topk", k=4), 128, torch.device("cpu"))
+    cfg, cpu = config(tsae, activation="topk", k=4), torch.device("cpu")
+    assert common.gather_pays(cfg, 28, cpu) and not common.gather_pays(cfg, 27, cpu)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert common.gather_pays(cfg, 72, cpu) and not common.gather_pays(cfg, 71, cpu)
     with folder():
         for module in (tsae, temporal_lens, mtsae):
             more = ("--no-temporal",) if module is tsae else ("--batch_norm", "off") if module is mtsae else ()
