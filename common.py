@@ -2631,6 +2631,8 @@ def print_table(run, paper, results):
         say("warning: this encoder reads later tokens, so the cross-entropy with its reconstruction spliced in is\n"
             "         partly leakage of the answer, not quality (compare --padding causal or --causal).")
     say(f"saved: {run.dir}")
+    if "features" in results:
+        say(f"features page, for any browser: {run.dir / 'features.html'}")
 
 
 def plot_training(folder):
