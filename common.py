@@ -280,13 +280,13 @@ def fast_products(device):
 def keep_freed_memory():
     """Have the C library keep what tensors give back, for the next tensors (Linux with glibc; elsewhere nothing).
 
-    Otherwise each block above 32 MB goes back to the system and the next one's pages are cleared anew: a third of a
-    bf16 step at F = 16 D on 2048 tokens (834 against 537 ms on two AVX512 cores).
+    Otherwise each block above 32 MB goes back to the system and the next one's pages are cleared anew, which is a third
+    of a bf16 step at F = 16 D (results/peers.json: "ours" against "ours (plain process)").
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for option in (-1, -3):                            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
-            libc.mallopt(option, 2 ** 31 - 1)
+        for option, value in ((-1, 2 ** 31 - 1), (-4, 0)):   # M_TRIM_THRESHOLD in bytes, M_MMAP_MAX in blocks
+            libc.mallopt(option, value)
 
 
 def config_of_run(Config, cfg, given, folder):
@@ -471,7 +471,8 @@ def feature_sums(f, index, weight, n_features):
 
 @contextlib.contextmanager
 def small_products():
-    """fp32 products by MKL: they start in 13 microseconds where oneDNN's take 33 (4 x 144 times 144 x 432)."""
+    """fp32 products by MKL, which starts small ones sooner than oneDNN (4 x 144 times 144 x 432: 13 microseconds, not
+    33). Changes the setting of the whole process as long as it lasts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -529,8 +530,8 @@ class GRULayer(torch.autograd.Function):
 def run_gru(gru, x):
     """States of the last layer of a batch_first nn.GRU: x (B, T, D) -> (B, T, H).
 
-    On a CPU by GRULayer, in fp32 after the input products, in less than half of nn.GRU's time (25 to 34 against 59 to
-    82 ms forward and backward, B = 4, T = 128, two layers of 144); elsewhere nn.GRU itself (cuDNN).
+    On a CPU by GRULayer, after the input products in the dtype of the weights (fp32), in about half of nn.GRU's time
+    (25 to 34 against 59 to 82 ms both ways, one thread, B = 4, T = 128, two layers of 144); elsewhere nn.GRU (cuDNN).
     """
     if x.device.type != "cpu":
         return gru(x)[0]
@@ -538,7 +539,7 @@ def run_gru(gru, x):
     for layer in range(gru.num_layers):
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
         W_in, W, b_in, b = (getattr(gru, f"{name}_l{layer}") for name in names)
-        gi = F.linear(h, W_in, b_in).float()
+        gi = F.linear(h, W_in, b_in).to(W.dtype)
         with torch.autocast("cpu", enabled=False):                                # fp32: T steps add up
             h = GRULayer.apply(gi, W, b)
     return h.transpose(0, 1)
@@ -1437,15 +1438,14 @@ class Run:
         log = self.dir / "log.jsonl"
         if not log.exists() or log.stat().st_size < self.log_bytes:
             raise UserError(f"{log} is shorter than at the checkpoint; the run cannot be continued exactly.")
+        self.earlier = meta["seconds"]
+        if self.start == self.total:                     # only the evaluation is missing
+            self.train_seconds = round(self.earlier, 1)
         timing = self.dir / "timing.jsonl"
-        lines = timing.read_text().splitlines() if timing.exists() else []
-        done = [line for line in lines if json.loads(line)["step"] < self.start]
-        if done:
-            self.earlier = self.train_seconds = json.loads(done[-1])["seconds"]
-        barrier()                                        # all have read it
         if rank() == 0:
             os.truncate(log, self.log_bytes)
-            write_atomic(timing, "".join(line + "\n" for line in done))
+            if timing.exists() and timing.stat().st_size > meta["timing_bytes"]:
+                os.truncate(timing, meta["timing_bytes"])
         say(f"resuming {self.dir} at step {self.start} of {self.total}")
 
     def load_weights(self):
@@ -1530,7 +1530,10 @@ class Run:
             with open(self.dir / "log.jsonl", "ab") as file:
                 os.fsync(file.fileno())
                 length = file.tell()
-            save_tensors(self.dir / "checkpoint.safetensors", tensors, {"step": step, "log_bytes": length})
+            timing = self.dir / "timing.jsonl"
+            save_tensors(self.dir / "checkpoint.safetensors", tensors, {
+                "step": step, "log_bytes": length, "timing_bytes": timing.stat().st_size if timing.exists() else 0,
+                "seconds": self.earlier + time.perf_counter() - self.clock})
         barrier()
 
     def save_weights(self):

@@ -312,9 +312,10 @@ def temporal_loss(f, mask, cfg):
         sum_{t<u} A_m,tu (f_t - f_u)^2 = <f, L f>,   L = diag(A_m 1) - A_m   (a graph Laplacian),
     one (T, T) product for all 127 lags, instead of 127 shifted copies of f.
     """
-    m = mask.float()                                                      # (B, T)
-    A = lag_weights(f.shape[1], cfg, f.device) * m[:, :, None] * m[:, None, :]   # (B, T, T)
-    with torch.autocast(f.device.type, enabled=False):   # fp32: differences of sums
+    m = mask.to(f.dtype)                                                  # (B, T)
+    A = lag_weights(f.shape[1], cfg, f.device).to(f.dtype)
+    A = A * m[:, :, None] * m[:, None, :]                                 # (B, T, T)
+    with torch.autocast(f.device.type, enabled=False):   # fp32 (TF32 on a GPU): differences of sums
         L = torch.diag_embed(A.sum(-1)) - A
         return LagQuadratic.apply(f, L, m[:, None], cfg)
 

@@ -1,6 +1,6 @@
 """One training step here against the same step in other SAE libraries: same tokens, same machine, taken in turn.
 
-    pip install torch==2.13.0 sae-lens dictionary-learning eai-sparsify
+    pip install torch==2.13.0 sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
     pip uninstall torchvision        # only with a CPU build of torch: the one that nnsight brings does not fit it
     python benchmarks/peers.py [--repeats 3] [--expansions 1,4,16] [--dtypes float32,bfloat16]
     python benchmarks/peers.py readme              # fill benchmarks/README.md from results/peers.json
@@ -237,7 +237,8 @@ def start(library, args):
 
 def measure(args):
     """Everything in the docstring -> the table for results/peers.json. seconds_per_token: median over all steps of
-    all repeats; ours/this: how many times as fast as the row's library ours is; floor/step as in throughput.py."""
+    all repeats; ours/this: how many times as fast as the row's library ours is, plain/this: ours in a plain process;
+    floor/step as in throughput.py."""
     names = [name for name in LIBRARIES if not args.libraries or name in args.libraries.split(",")]
     packages = {package: version(package) for package, _, _ in map(LIBRARIES.get, names) if package}
     here = [name for name in names if packages.get(LIBRARIES[name][0], True)]
@@ -259,10 +260,12 @@ def measure(args):
         activation, dtype, width, name = key
         row = {"library": name, "activation": activation, "dtype": dtype, "F": width}
         if seconds[key]:
-            value, mine = statistics.median(seconds[key]), seconds.get((*key[:3], "ours"))
+            value = statistics.median(seconds[key])
+            mine, plain = (seconds.get((*key[:3], ours)) for ours in ("ours", "ours (plain process)"))
             row |= {"seconds_per_token": value / throughput.TOKENS, "fastest": min(seconds[key]) / throughput.TOKENS,
                     "slowest": max(seconds[key]) / throughput.TOKENS, "steps": len(seconds[key]),
                     "ours/this": value / statistics.median(mine) if mine else None,
+                    "plain/this": value / statistics.median(plain) if plain else None,
                     "floor/step": statistics.median(floors[key[1:3]]) / value if key[1:3] in floors else None}
         else:
             row["reason"] = reasons[key]
@@ -281,16 +284,16 @@ def markdown(table):
     """The table of benchmarks/README.md; "not run" without one. Numbers in thousand tokens a second."""
     if table is None:
         return "not run"
-    lines = ["| activation | dtype | F | library | thousand tokens/s (slowest to fastest step) | ours / this | floor / "
-             "step |", "|---|---|---|---|---|---|---|"]
+    lines = ["| activation | dtype | F | library | thousand tokens/s (slowest to fastest step) | ours (plain process) "
+             "/ this | ours / this | floor / step |", "|---|---|---|---|---|---|---|---|"]
     for row in table["rows"]:
         head = f"| {row['activation']} | {row['dtype']} | {row['F'] or ''} | {row['library']} | "
         if "reason" in row:
-            lines.append(head + f"{row['reason']} | | |")
+            lines.append(head + f"{row['reason']} | | | |")
             continue
         rate, low, high = (f"{1e-3 / row[name]:,.1f}" for name in ("seconds_per_token", "slowest", "fastest"))
-        ratio, share = (f"{row[name]:.2f}" if row[name] else "" for name in ("ours/this", "floor/step"))
-        lines.append(head + f"{rate} ({low} to {high}) | {ratio} | {share} |")
+        ratios = (f"{row[name]:.2f}" if row.get(name) else "" for name in ("plain/this", "ours/this", "floor/step"))
+        lines.append(head + f"{rate} ({low} to {high}) | {' | '.join(ratios)} |")
     found = ", ".join(f"{name} {number or 'not installed'}" for name, number in table["packages"].items())
     lines.append(f"\nMedians over {table['repeats']} interleaved process(es) a library. Device: {table['device']}; "
                  f"{table['versions']['cpu']}; torch {table['versions']['torch']}; {found}; D = {table['D']}; commit "
