@@ -87,7 +87,7 @@ SUITES = {
         "  x 0.5": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 0.5"),
         "  x 3": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 3"),
         "  x 10": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 10"),
-    }),
+    }, "core,temporal"),
     "mtsae": Suite({
         "extraction": ("mtsae", "--steps 2500"),
         "  rates 1,2,4": ("mtsae", "--rates 1,2,4 --steps 2500"),
@@ -98,7 +98,7 @@ SUITES = {
         "unlearning": ("mtsae", "--variant unlearning --steps 2500 --dtype auto"),
         "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500 --dtype auto"),
         "  10,000 tokens": ("mtsae", "--variant unlearning --tokens 10000 --steps 0 --batch_size 16"),
-    }),
+    }, "core,temporal"),
     "lens": Suite({       # the paper's 1000 test sequences; the bundled Shakespeare has 657 held-out windows
         "TemporalLens": ("temporal_lens", LENS),
         "  no annealing": ("temporal_lens", f"--no-anneal {LENS}"),
@@ -293,12 +293,15 @@ def collect(suite):
             row = found.setdefault(layer, {"command": command, "steps": {}, "values": {}})
             row["steps"][seed] = log[-1]["step"] + 1 if log else 0
             row["versions"] = config["versions"]
+            for values in row["values"].values():       # nothing of an earlier run with this seed stays
+                values.pop(seed, None)
             for name, value in flat.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     row["values"].setdefault(name, {})[seed] = value
         for layer in sorted(found, key=int):
             table[f"{label.rstrip()} | layer {layer}"] = found[layer]
     for row in table.values():
+        row["values"] = {name: values for name, values in row["values"].items() if values}
         row["seeds"] = sorted(map(int, row["steps"]))
         row["mean"] = {k: statistics.fmean(v.values()) for k, v in row["values"].items()}
         row["sd"] = {k: statistics.stdev(v.values()) if len(v) > 1 else None for k, v in row["values"].items()}
