@@ -482,7 +482,7 @@ def small_products():
 
 
 class GRULayer(torch.autograd.Function):
-    """One GRU layer from its input products: gi (T, B, 3 H), W (3 H, H), b (3 H,) -> states (T, B, H), fp32.
+    """One GRU layer from its input products: gi (T, B, 3 H), W (3 H, H), b (3 H,) -> states (T, B, H).
 
     r, u = sigmoid(gi + W h + b) of the first two thirds, n = tanh(gi_n + r (W h + b)_n), h <- n + u (h - n), h_0 = 0.
     Written out because autograd through T steps costs more than their arithmetic: what does not depend on the gradient
@@ -1438,13 +1438,13 @@ class Run:
         log = self.dir / "log.jsonl"
         if not log.exists() or log.stat().st_size < self.log_bytes:
             raise UserError(f"{log} is shorter than at the checkpoint; the run cannot be continued exactly.")
-        self.earlier = meta["seconds"]
+        self.earlier = meta.get("seconds", 0.0)          # a checkpoint of an older version has no times
         if self.start == self.total:                     # only the evaluation is missing
             self.train_seconds = round(self.earlier, 1)
         timing = self.dir / "timing.jsonl"
         if rank() == 0:
             os.truncate(log, self.log_bytes)
-            if timing.exists() and timing.stat().st_size > meta["timing_bytes"]:
+            if timing.exists() and timing.stat().st_size > meta.get("timing_bytes", math.inf):
                 os.truncate(timing, meta["timing_bytes"])
         say(f"resuming {self.dir} at step {self.start} of {self.total}")
 

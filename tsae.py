@@ -314,7 +314,7 @@ def temporal_loss(f, mask, cfg):
     """
     m = mask.to(f.dtype)                                                  # (B, T)
     A = lag_weights(f.shape[1], cfg, f.device).to(f.dtype)
-    A = A * m[:, :, None] * m[:, None, :]                                 # (B, T, T)
+    A = A * m[:, :, None] * m[:, None, :]                                 # (B, T, T), A_m
     with torch.autocast(f.device.type, enabled=False):   # fp32 (TF32 on a GPU): differences of sums
         L = torch.diag_embed(A.sum(-1)) - A
         return LagQuadratic.apply(f, L, m[:, None], cfg)

@@ -419,7 +419,7 @@ def parts_table(table):
         return "not run"
     lm = table["lm_seconds_per_token"]
     lines = ["| part | dtype | F / D | microseconds a token | floor / step | LM's share of a run | peak of the step |",
-             "|---|---|---|---|---|---|---|", 
+             "|---|---|---|---|---|---|---|",
              f"| LM to block {table['layer']} ({table['lm_matmul_share']:.2f} of a 4096³ product's rate) | | | "
              f"{lm * 1e6:,.0f} | | | |"]
     for row in table["rows"]:
