@@ -3933,6 +3933,12 @@ def test_hygiene_choices_page_and_readme_follow_the_docstrings():
         assert [(kind, name) for kind, name, _, _ in rows] == re.findall(
             r"^    (AMBIGUOUS|UNSPECIFIED|DEVIATION) ([AUD]\d+)", source(script)[0], flags=re.M), script
         declared[script] = {name: text for _, name, text, _ in rows}
+        fields = importlib.import_module(script).Config.__dataclass_fields__
+        for flag in re.findall(r"--([a-z]\w*(?:-\w+)?)", source(script)[0]):
+            bare = flag.removeprefix("no-")
+            assert flag in fields or isinstance(fields[bare].default, bool), (script, flag)
+        for flag in re.findall(r"--(\w+) (?:on|off)\b", source(script)[0]):      # a switch takes no value
+            assert not isinstance(fields[flag].default, bool), (script, flag)
     section = (HERE / "README.md").read_text().split("## What the papers leave open")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (all four|`(\w+)\.py`) \| ([AUD]\d+) \| .* \| (.*) \|$", section, flags=re.M)
     assert len(rows) > 8

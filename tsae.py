@@ -47,7 +47,7 @@ What the paper leaves open, and how it is settled here
                     --batch_size counts sequences; 2048 is the other reading.
     UNSPECIFIED U1  What the temporal buffers hold. Code: one slow state for each position and
                     feature, drawn with deviation 0.1, blended into the compared codes at 0.25 and
-                    updated at 0.25 during warm-up. --buffers off (--no-buffers) removes them.
+                    updated at 0.25 during warm-up. --no-buffers removes them.
     UNSPECIFIED U2  Size of the gradient noise. Code: 1 % of each gradient's root mean square,
                     falling linearly to 0 at the end of the warm-up. Not tuned.
     UNSPECIFIED U3  "adaptive feature gating" (Sec. 4) is announced and never defined: left out.

@@ -301,7 +301,7 @@ def collect(suite):
         for layer in sorted(found, key=int):
             table[f"{label.rstrip()} | layer {layer}"] = found[layer]
     for row in table.values():
-        row["values"] = {name: values for name, values in row["values"].items() if values}
+        row["values"] = {name: dict(sorted(values.items())) for name, values in row["values"].items() if values}
         row["seeds"] = sorted(map(int, row["steps"]))
         row["mean"] = {k: statistics.fmean(v.values()) for k, v in row["values"].items()}
         row["sd"] = {k: statistics.stdev(v.values()) if len(v) > 1 else None for k, v in row["values"].items()}
