@@ -17,7 +17,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import os
@@ -216,20 +215,7 @@ def spread(values):
 
 def trained_steps(script, T=128, D=576, n=16, steps=6, **fields):
     """Seconds of each training step of a script on n random sequences (as benchmarks/throughput.py times them)."""
-    module = importlib.import_module(script)
-    variant = getattr(module, "VARIANTS", {}).get(fields.get("variant"), {}) if script == "mtsae" else {}
-    cfg = module.Config(**{**variant, **fields})
-    cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = n, 0, steps, T
-    acts = throughput.RandomActivations(D, steps, torch.float32)
-    acts.T, gen = T, torch.Generator().manual_seed(0)
-    acts.micro, acts.x = n, torch.randn(n, T, D, generator=gen).to(acts.device)
-    acts.mask = torch.ones(n, T, dtype=torch.bool, device=acts.device)
-    real, common.Run = common.Run, throughput.Stopwatch
-    try:
-        module.train(cfg, acts)
-    finally:
-        common.Run = real
-    return throughput.Stopwatch.current.seconds
+    return throughput.step_seconds(script, fields, D, torch.float32, steps, skip=0, sequences=n, T=T)
 
 
 def step_seconds(*args, **fields):

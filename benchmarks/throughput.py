@@ -58,14 +58,14 @@ TOKENS = 128 * SEQUENCES
 
 
 class RandomActivations:
-    """What train() needs, over fixed random sequences of 128 tokens, `micro` of them a forward pass."""
+    """What train() needs, over fixed random sequences of T tokens, `micro` of them a forward pass."""
 
-    def __init__(self, D, steps, dtype, sequences=SEQUENCES, micro=0):
-        self.D, self.T, self.layer, self.lm, self.truth, self.several = D, 128, 0, None, None, False
+    def __init__(self, D, steps, dtype, sequences=SEQUENCES, micro=0, T=128):
+        self.D, self.T, self.layer, self.lm, self.truth, self.several = D, T, 0, None, None, False
         self.steps, self.device, self.dtype, self.micro = steps, common.pick_device(), dtype, micro or sequences
         gen = torch.Generator().manual_seed(0)
-        self.x = torch.randn(sequences, 128, D, generator=gen).to(self.device)
-        self.mask = torch.ones(sequences, 128, dtype=torch.bool, device=self.device)
+        self.x = torch.randn(sequences, T, D, generator=gen).to(self.device)
+        self.mask = torch.ones(sequences, T, dtype=torch.bool, device=self.device)
         self.mean, self.scale, self.variance = torch.zeros(D, device=self.device), 1.0, float(D)
 
     def batch(self, step):
@@ -120,15 +120,20 @@ def floor(D, n_features, dtype, repeats, tokens=TOKENS):
     return statistics.median(seconds[1:])
 
 
-def step_seconds(script, values, D, dtype, steps, skip=1, sequences=SEQUENCES, micro=0):
-    """Seconds of each training step of one script, without the first `skip`."""
+def configured(script, values):
+    """A script's module and its Config with these values; mtsae.py's variants bring their own defaults."""
     module = importlib.import_module(script)
-    cfg = module.Config(**{**getattr(module, "VARIANTS", {}).get(values.get("variant"), {}), **values}
-                        if script == "mtsae" else values)
-    cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = sequences, micro, steps, 128
+    defaults = module.VARIANTS.get(values.get("variant"), {}) if script == "mtsae" else {}
+    return module, module.Config(**{**defaults, **values})
+
+
+def step_seconds(script, values, D, dtype, steps, skip=1, sequences=SEQUENCES, micro=0, T=128):
+    """Seconds of each training step of one script, without the first `skip`."""
+    module, cfg = configured(script, values)
+    cfg.batch_size, cfg.micro_batch, cfg.steps, cfg.T = sequences, micro, steps, T
     real, common.Run = common.Run, Stopwatch
     try:
-        module.train(cfg, RandomActivations(D, steps, dtype, sequences, micro))
+        module.train(cfg, RandomActivations(D, steps, dtype, sequences, micro, T))
     finally:
         common.Run = real
     return Stopwatch.current.seconds[skip:]
@@ -206,9 +211,7 @@ def whole_loop(lm, layer, tokens, cases, data="bundled"):
     with tempfile.TemporaryDirectory() as here, contextlib.redirect_stderr(io.StringIO()):
         def config(label):
             script, values = CASES[label]
-            module = importlib.import_module(script)
-            more = module.VARIANTS[values["variant"]] if script == "mtsae" else {}
-            return module, module.Config(**{**more, **values, **dict(
+            return configured(script, {**values, **dict(
                 layer=str(layer), model="auto", data=data, tokens=tokens, steps=0, batch_size=16, lm_batch=16,
                 buffer=tokens // 128, dtype="auto", cache=f"{here}/cache", out=f"{here}/{len(rows)}", eval="none",
                 expansion=LOOPS[label])})
