@@ -3093,6 +3093,13 @@ class Browser:
                                          {"Content-Type": "application/json"}, method=method)
         return json.loads(urllib.request.urlopen(request, timeout=120).read())["value"]
 
+    def until(self, text, want, seconds=5.0):
+        """js(text), asked again until it is `want` or time is up: a browser opens <details> after the key is down."""
+        deadline = time.time() + seconds
+        while (found := self.js(text)) != want and time.time() < deadline:
+            time.sleep(0.02)
+        return found
+
     def js(self, script):
         return self("execute/sync", {"script": "return " + script, "args": []})
 
@@ -3150,15 +3157,14 @@ def test_features_page_in_a_browser():
             assert browser.js(listed) == [12]
             assert browser.js("document.querySelector('.body')") is None, "bodies are made lazily"
             browser.keys("#f12 summary", "\ue007")                        # the enter key opens
-            assert browser.js("document.querySelectorAll('#f12 .body li').length") == 6
+            assert browser.until("document.querySelectorAll('#f12 .body li').length", 6) == 6
             near = rows[12]["near"][0]
             browser.click("#f12 .body a")
-            assert browser.js("location.hash") == f"#f{near}"
-            assert browser.js(f"document.querySelector('#f{near}').open")
+            assert browser.until("location.hash", f"#f{near}") == f"#f{near}"
+            assert browser.until(f"document.querySelector('#f{near}').open", True)
             assert len(browser.js(listed)) == len(rows), "a link to a hidden one ends the search"
             browser("url", {"url": f"file://{path}/features.html#f39"})
-            time.sleep(0.2)
-            text = browser.js("document.querySelector('#f39 .body .t.top').textContent")
+            text = browser.until("document.querySelector('#f39 .body .t.top')?.textContent", Words.texts[0])
             assert text == Words.texts[0] and browser.js("document.images.length") == 0
             browser.click("#f39 .body .t.top")
             assert "position 6: 7" in browser.js("document.querySelector('#f39 .pick').textContent")
