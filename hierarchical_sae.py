@@ -2,205 +2,143 @@
 
 Paper   "Temporal-Aware Sparse Autoencoders with Hierarchical Feature Routing for Language Model
         Interpretability", anonymous, under double-blind review (letter B in this project).
-Run     python hierarchical_sae.py --layer 19                everything: the temporal-aware SAE
-        python hierarchical_sae.py --layer 5,12,19           the paper's three layers, one LM pass
-        python hierarchical_sae.py --variant hierarchical    also disentangled, adversarial,
-                                                             self-aligning (Sec. 6.3)
+Run     python hierarchical_sae.py --layer 19                # everything: the temporal-aware SAE
+        python hierarchical_sae.py --layer 5,12,19           # the paper's three layers, one LM pass
+        python hierarchical_sae.py --variant hierarchical    # one of Sec. 6.3, see VARIANTS
+        Sec. 6.2 ablates: --no-conv, --margin_decay 0.9, --no-adapt, --percentile 0.75, --levels 1
 
 The idea. Three things are wrong with coding each token alone in one flat dictionary: the code
 cannot use the sentence, all features stand on one level, and features become near copies of each
 other. So (1) two convolutions and a self-attention mix the tokens before the encoder, and losses
 ask that neighbouring codes agree and that the next one can be predicted; (2) the dictionary is
 cut into three levels, each coding what the levels below it left over, and a router decides how
-loud each level is at this token; (3) a penalty pushes a feature away from its nearest neighbour
-when their similarity jumps above a running margin, and when much gradient goes through it.
-The paper reports that none of this moves its unlearning score from 0.0.
+many of them a token gets; (3) a penalty pushes features away from their nearest neighbours when
+their similarity jumps above a running margin, and those with much gradient always. The paper
+reports that none of this moves its unlearning score from 0.0.
 
 Notation (paper -> code)
     h_t in R^d      residual stream at token t            x          (B, T, D)
     z_t in R^k      features (also f_t)                   f          (B, T, F)
-    f_local, f_temp token mixing before the encoder       local, attend
-    g_phi           decoder                               decode
-    c_psi           temporal consistency in [0, 1]        consistency_matrix, log_psi
-    s_i, m_i        largest similarity, its margin        similarity, update_margin
-    A_i             attribution of feature i              attribution
-    B sequences, T tokens, D model width, F features, L levels (1 is the lowest), H attention heads;
-    "scored" tokens are those with mask = True.
+    c_psi           temporal consistency in [0, 1]        c          (B, T, T)
+    s_i, m_i, A_i   largest similarity, margin, attribution of feature i     (F,)
+    B sequences, T tokens, D model width, F features, L levels (1 lowest); "scored": mask = True.
 
 Paper -> code
-    Sec. 3.2        HierarchicalSAE.decode, losses  the autoencoder and its first three terms
+    Sec. 3.2        HierarchicalSAE.code, HierarchicalSAE.decode    the autoencoder
     Eq. 1           HierarchicalSAE.context         local and temporal parts put together
     Eq. 2, 9        HierarchicalSAE.attend          multi-head self-attention
     Eq. 10          HierarchicalSAE.local           two convolutions of kernel 3
-    Sec. 1, 3.2     HierarchicalSAE.encode          three levels with causal routing
-    Sec. 1          HierarchicalSAE.route           the router
-    Sec. 1, 5.2     routing_loss                    entropy against degenerate routing
-    Sec. 3.2        consistency_matrix              c_psi
-    Sec. 3.2, 5.1   temporal_losses                 1 - c_psi, contrastive term, prediction
+    Sec. 1, 5.2     HierarchicalSAE.route, routing_loss   causal routing, its entropy
+    Sec. 3.2, 5.1   temporal_losses                 1 - c_psi, contrast, prediction
     Sec. 1, 5.1     HierarchicalSAE.predict         GRU: feature tracking, evolution prediction
     Eq. 3-5, 11-13  update_margin                   dynamic margin (printed twice in the paper)
-    Eq. 6, 14       HierarchicalSAE.watch           attribution, from the backward pass
+    Eq. 6, 14       update_attribution              attribution, from the backward pass
     Eq. 7, 15       adversarial_weight              lambda_adv
     Eq. 8, 16       losses, adversarial_loss        the total
-    Sec. 5.2        update_monitor, monitor         EMA of feature statistics, routing entropy
-    Sec. 6.1        level_metrics                   activation variance of each level
+    Sec. 5.2, 6.1   update_monitor, level_metrics   EMA of feature statistics; each level's
 
-What the paper leaves open, and how it is settled here
-    AMBIGUOUS A1    Eq. 1 feeds the convolutions into the attention, Sec. 5.3 calls the two
-                    complementary. Code: h + f_temp(f_local(h)), Eq. 1 as a correction of h, so
-                    that the code still holds token t. --compose literal (Eq. 1) | parallel.
-    AMBIGUOUS A2    Feature statistics decay with 0.95 (Sec. 5.1) or 0.99 (Sec. 5.2). Code: 0.95
-                    for the margins (--margin_decay), 0.99 for the log (--monitor_decay).
-    AMBIGUOUS A3    "causal routing" beside an attention without a mask. Code: the router reads
-                    token t only, level l only the levels below it; convolutions and attention see
-                    both sides, as printed (spliced into the LM that is leakage). --causal masks.
-    UNSPECIFIED U1  L_adv is never written down. Code, summed over features i:
-                        max(0, s_i - m_i)^2 + w a_i max(0, s_i)^2 if A_i is above the percentile,
-                    a dynamic margin for all, orthogonality for the few; a_i = A_i / max A
-                    ("proportional to attribution strength"); w = 1, or 10 in the disentangled
-                    variant, not tuned; m_i and a_i carry no gradient. Self-aligning (no
-                    attribution) uses lambda_adv's floor, 0.1.
-    UNSPECIFIED U2  A_spurious. Code: mean of s_i over the features above the percentile, weighted
-                    by A_i. 0.5: attribution sits on features 60 degrees from their neighbour.
-    UNSPECIFIED U3  Which L and which tokens A_i takes. Code: norm over the batch's scored tokens
-                    of the gradient of Eq. 16 at the code, out of the *previous* step's backward
-                    pass (no second pass; L_adv does not depend on z, so nothing is circular).
-    UNSPECIFIED U4  c_psi. Code: cosine of the codes, each feature times a learned positive weight;
-                    in [0, 1] because codes are >= 0. --consistency cosine: no weights. The weights
-                    can lower 1 - c_psi without any change of the code, by moving to always-on
-                    features.
-    UNSPECIFIED U5  The contrastive pairs. Code: InfoNCE on c_psi / 2.0; z_{t+1} is z_t's positive,
-                    the window's other scored tokens are negatives (against the constant code that
-                    1 - c_psi alone would reward). With tau = 2 it can gain half a nat at most.
-    UNSPECIFIED U6  GRU and contrastive term are missing from Eq. 8. Code: in L_temp, weight 1.
-    UNSPECIFIED U7  What the GRU reads and predicts. Code: the features' image z_t W_dec (width D,
-                    "matching the input size"; width F is out of reach) -> that of z_{t+1}, which
-                    gets no gradient; squared error averaged over D. --gru_divisor narrows it.
-    UNSPECIFIED U8  Nothing makes an attention's output sparse. Code: a ReLU encoder follows it.
-    UNSPECIFIED U9  The levels. Code: thirds of F; level l codes what those below it have not
-                    reconstructed; its code is multiplied by L times its softmax gate (uniform: 1).
-    UNSPECIFIED U10 The entropy regulariser. Code: log L minus the entropy of a window's mean gate:
-                    a token may choose, a window may not starve a level. Weight 1, not tuned.
-    UNSPECIFIED U11 Similarity of features. Code: cosine of decoder rows.
-    UNSPECIFIED U12 Which variant has which part: the table VARIANTS, read off Sec. 6.3.
-    UNSPECIFIED U13 k of R^k (Code: F = D, --expansion), position embeddings (Code: none), the
-                    reduction of the squared error (Code: summed over D; --recon_reduction mean).
-    UNSPECIFIED U14 Initial values. Code: W_enc = W_dec^T, random rows; b_enc = 0; b_dec the mean
-                    activation, as in tsae.py.
-    DEVIATION D1    Activations are divided by one scalar so that their mean norm is sqrt(D), and
-                    attention-sink tokens are masked, as in all four scripts.
-    DEVIATION D2    Decoder rows have norm 1, else long rows escape the L1, and their gradient loses
-                    its part along the row. The paper names plain Adam and neither of the two.
-    DEVIATION D3    s_i is computed for at most --sim_rows random features a step (all up to F =
-                    2304), the sum scaled up: all pairs of 36,864 would cost more than the step.
-
-Predict before you run. A margin mu + 2 sigma follows s_i. Under a steady drift sigma grows to the
-lag of mu, so s_i stays *below* its margin; under pure noise about 2 % of the features exceed it
-(alpha = 0.95). The margin answers to jumps only, whatever its decay: compare Sec. 6.2's "no
-significant impact".
-
-Ablations (Sec. 6.2): --no-conv | --no-adapt, --margin_decay 0.9 | --percentile 0.75 | --levels 1.
-Cost. In operations over those of a standard SAE step at F = D (10 D^2 a token): convolutions 3.6,
-attention 2.4, GRU with its prediction 7.8, whatever F is; --checkpointing adds about a third to
-these (a second forward pass). Step times over the standard SAE's (results/throughput.json: two CPU
-cores, fp32, D = 576, 16 x 128 tokens, laptop preset): hierarchical 2.2 at F = D and 2.0 at F = 4 D,
-temporal 10.2 and 4.1.
+What the paper leaves open; each is argued at the line that settles it: grep -n "open B.gate" *.py
+    open B.variants     which variant has which part           table VARIANTS
+    open B.size         k of R^k                               --expansion
+    open B.ema          0.95 or 0.99 for feature statistics    --margin_decay --monitor_decay
+    open B.causal       attention without a mask               --causal
+    open B.levels       how levels share F and a token         --levels
+    open B.gate         what "causal routing" routes           --routing depth | top1 | soft
+    open B.compose      convolutions before attention, beside  --compose residual|literal|parallel
+    open B.gru          what the GRU reads and predicts        --gru_divisor
+    open B.reduction    sums or means: can lambda_2 act        --recon_reduction --l1_reduction
+    open B.entropy      which entropy is regularised           --routing_weight
+    open B.weights      two terms that Eq. 8 does not have     inside L_temp, weight 1
+    open B.pairs        pairs of the contrastive term          tokens of the window
+    open B.psi          what c_psi is                          --consistency learned | cosine
+    open B.adv          L_adv is never written down            margin and orthogonality
+    open B.similarity   similarity of what                     --similarity code | decoder
+    open B.spurious     what A_spurious is                     --spurious attribution | similarity
+    open B.attribution  which L, tokens, derivative            --attribution active | all
+    open S.start        first values of the weights            tied; b_dec the mean
+    open S.decay        AdamW's weight decay                   --weight_decay
+    open S.projection   decoder rows of norm 1                 --no-project_gradient
+    open S.scale        unit of the activations                mean norm sqrt(D)
+    open S.lambda       ... and so of lambda                   --l1 VALUE
+    open S.sinks        attention sinks                        masked
 
 Does not include: feature pruning and cross-layer constraints, which the paper names as future work.
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+import common                       # before torch: it sets how OpenMP's threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from common import Count, Fraction, NonNegative, Positive, Steps
 from torch.utils.checkpoint import checkpoint
-
-import common
 
 # ---------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------
+# open B.variants: Sec. 6.3 has a line for each / here the part it names; "increased": 10 times
+# open B.size: not given / here F = D, as in paper A / --expansion
 
-
-@dataclass
-class Config:
-    variant: str = "temporal"       # which parts, see VARIANTS (Sec. 6.3)   ABLATION
-    model: str = "auto"             # language model: auto, synthetic, or any causal LM of transformers (paper: gemma-2-2b)
-    layer: str = "19"               # block whose output is read; 5,12,19 trains one SAE each (Sec. 5: 5, 12, 19)
-    data: str = "auto"              # text: auto, pile, shakespeare, bundled, or a path (Sec. 5: the Pile)
-    tokens: int = 4_096_000         # tokens of text harvested (not given; one pass in 1000 steps)
-    heldout_tokens: int = 131_072   # held-out tokens for the evaluation (not given)
-    T: int = 128                    # tokens per sequence (Sec. 5)
-    expansion: int = 1              # F / D (U13)
-    activation: str = "relu"        # relu (with L1) or topk (then no L1)   ABLATION
-    k: int = 32                     # active features per token with topk, split over the levels (ours)
-    # losses
-    l1: float = 0.04                # lambda_1, sparsity (Sec. 4.4)
-    recon_reduction: str = "sum"    # squared error summed or averaged over D (U13)   ABLATION
-    lambda_temp: float = 0.2        # lambda_2, temporal; 0 also drops the GRU (Sec. 4.4)   ABLATION
-    tau: float = 2.0                # contrastive temperature (Sec. 5.1)
-    consistency: str = "learned"    # c_psi: learned or cosine (U4)   ABLATION
-    routing_weight: float = 1.0     # routing-entropy regulariser (U10, not tuned)   ABLATION
-    adv_scale: float = 1.0          # multiplies lambda_adv (ours)   ABLATION
-    percentile: float = 0.85        # attribution threshold (Sec. 4.3)   ABLATION
-    margin_decay: float = 0.95      # alpha of the margins (Sec. 4.2, A2)   ABLATION
-    adapt: bool = True              # adapt the margins, or keep their first values (Sec. 6.2)   ABLATION
-    sim_rows: int = 2304            # features whose similarity is computed each step (D3)
-    # architecture
-    levels: int = 3                 # levels of the hierarchy; 1 = no routing (Sec. 1)   ABLATION
-    conv: bool = True               # convolutions before the attention (Sec. 6.2)   ABLATION
-    compose: str = "residual"       # Eq. 1 and Sec. 5.3: residual, literal, parallel (A1)   ABLATION
-    causal: bool = False            # mask convolutions and attention (A3)   ABLATION
-    gru_divisor: int = 1            # GRU width = D / this (U7; Sec. 5.1: the input size)
-    checkpointing: bool = True      # recompute instead of keeping: memory, not results (Sec. 5.6)
-    # schedule
-    steps: int = 1000               # optimiser steps; 0 = one pass over the tokens (Sec. 5.2)
-    batch_size: int = 32            # sequences per step (Sec. 5)
-    micro_batch: int = 0            # sequences per forward pass; 0 = the whole batch (ours)
-    lr: float = 3e-4                # Adam (Sec. 5.1)
-    monitor_decay: float = 0.99     # EMA of feature statistics for the log (Sec. 5.2)
-    # machine and run
-    seed: int = 42                  # weights and order of the data (paper A's seed; not given in B)
-    device: str = "auto"            # auto, cpu or cuda
-    dtype: str = "auto"             # auto, float32 or bfloat16: matrix products only (Sec. 5: bfloat16)
-    compile: bool = False           # torch.compile of the losses: needs a C++ compiler (CPU) or Triton (GPU)
-    preset: str = "auto"            # paper, laptop, or auto: laptop on a CPU
-    lm_batch: int = 32              # sequences per language-model pass (papers A and D)
-    buffer: int = 2048              # sequences harvested and shuffled at a time (papers A and D)
-    cache: str = "cache"            # folder for harvested activations; none = keep nothing
-    out: str = "auto"               # run folder; auto = runs/<script>-<variant>-<model>-L<layer>-s<seed>
-    resume: str = ""                # run folder to continue exactly where it stopped
-    overwrite: bool = False         # replace a finished run
-    run: str = ""                   # with --eval: a finished run to evaluate again
-    eval: str = "core,temporal"     # also: reconstruction, zero, probing, unlearning, features, none
-    export: str = ""                # write the SAE for saelens or dictionary_learning
-    steer: str = ""                 # edit features in generation, such as 123:+8,77:off (with --prompt)
-    prompt: str = ""                # text that --steer continues, with and without the edit
-    log_every: int = 10             # steps between lines of log.jsonl
-    save_every: int = 500           # steps between checkpoints
-
-
-VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: that term's weight   UNSPECIFIED U12
+VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: that term's weight
     "temporal":      dict(temporal=True,  hierarchy=True,  margin=True,  orthogonality=1.0),
     "hierarchical":  dict(temporal=False, hierarchy=True,  margin=False, orthogonality=0.0),
     "disentangled":  dict(temporal=False, hierarchy=False, margin=False, orthogonality=10.0),
     "adversarial":   dict(temporal=False, hierarchy=False, margin=False, orthogonality=1.0),
     "self-aligning": dict(temporal=False, hierarchy=False, margin=True,  orthogonality=0.0)}
 HEADS = 8                           # attention heads (Sec. 5.1)
+
+
+@dataclass
+class Config(common.RunConfig):     # model, text, device, run folder: common.py
+    variant: Literal[tuple(VARIANTS)] = "temporal"   # which parts (Sec. 6.3)   ABLATION
+    tokens: Count = 4_096_000       # tokens of text (not given: one pass in 1000 steps)
+    expansion: Count = 1            # F / D (B.size)
+    activation: Literal["relu", "topk"] = "relu"   # relu (with L1) or topk (then no L1)   ABLATION
+    k: Count = 32                   # with topk: most active features of a token (ours)
+    # losses
+    l1: NonNegative = 0.04          # lambda_1, sparsity (Sec. 4.4; S.lambda)
+    recon_reduction: Literal["sum", "mean"] = "sum"   # over D (B.reduction)   ABLATION
+    l1_reduction: Literal["sum", "mean"] = "sum"      # over F (B.reduction)   ABLATION
+    lambda_temp: NonNegative = 0.2  # lambda_2; 0 also drops the GRU (Sec. 4.4)   ABLATION
+    tau: Positive = 2.0             # contrastive temperature (Sec. 5.1)
+    consistency: Literal["learned", "cosine"] = "learned"   # c_psi (B.psi)   ABLATION
+    routing_weight: NonNegative = 1.0   # routing entropy (B.entropy, not tuned)   ABLATION
+    adv_scale: NonNegative = 1.0    # multiplies lambda_adv (ours)   ABLATION
+    similarity: Literal["code", "decoder"] = "code"    # s_i: of what (B.similarity)   ABLATION
+    spurious: Literal["attribution", "similarity"] = "attribution"   # A_spurious (B.spurious)
+    attribution: Literal["active", "all"] = "active"   # tokens A_i counts (B.attribution)
+    percentile: Fraction = 0.85     # attribution threshold (Sec. 4.3)   ABLATION
+    margin_decay: Fraction = 0.95   # alpha of the margins (Sec. 4.2)   ABLATION
+    adapt: bool = True              # adapt margins, or keep the first (Sec. 6.2)   ABLATION
+    # architecture
+    levels: Count = 3               # levels of the hierarchy; 1 = no routing (Sec. 1)   ABLATION
+    routing: Literal["depth", "top1", "soft"] = "depth"   # levels of a token (B.gate)   ABLATION
+    conv: bool = True               # convolutions before the attention (Sec. 6.2)   ABLATION
+    compose: Literal["residual", "literal", "parallel"] = "residual"   # (B.compose)   ABLATION
+    causal: bool = False            # mask convolutions and attention (B.causal)   ABLATION
+    gru_divisor: Count = 1          # GRU width = D / this (Sec. 5.1: the input size)
+    checkpointing: bool = True      # recompute instead of keeping: memory, not results (Sec. 5.6)
+    # schedule
+    steps: Steps = 1000             # optimiser steps; 0 = one pass over the tokens (Sec. 5.2)
+    batch_size: Count = 32          # sequences per step (Sec. 5)
+    lr: Positive = 3e-4             # Adam (Sec. 5.1)
+    lr_warmup: Steps = 0            # steps of linear learning-rate warm-up (none given)
+    weight_decay: NonNegative = 0.0     # AdamW's (S.decay)
+    clip: NonNegative = 0.0         # gradient-norm clipping, 0 = off (none given)   ABLATION
+    project_gradient: bool = True   # remove the gradient along each decoder row (S.projection)
+    monitor_decay: Fraction = 0.99  # EMA of feature statistics for the log (Sec. 5.2)
+
+
 LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, batch_size=4, lm_batch=16,   # sizes and
-              gru_divisor=4, sim_rows=576, checkpointing=False)                    # memory only
-CHOICES = dict(variant=tuple(VARIANTS), recon_reduction=("sum", "mean"),
-               activation=("relu", "topk"), consistency=("learned", "cosine"),
-               compose=("residual", "literal", "parallel"))
-PAPER = {  # metric -> what the paper reports
-    "levels.variance_drop": "0.40 (Sec. 6.1)", "minutes per evaluation": "23 (H100, Sec. 6)",
-    "unlearning.score": "0.0 (every variant, Sec. 6.3)"}
+              gru_divisor=4, checkpointing=False)                                 # memory only
+PAPER = {"levels.variance_drop": "0.40 (Sec. 6.1)", "unlearning.score": "0.0 (all variants)"}
 
 
 def variant(cfg):
     """Name of the run's variant, used for the run folder."""
-    return cfg.variant + ("" if cfg.activation == "relu" else f"-topk{cfg.k}")
+    return cfg.variant + f"-topk{cfg.k}" * (cfg.activation == "topk")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,190 +152,147 @@ class HierarchicalSAE(nn.Module):
     def __init__(self, D, cfg):
         super().__init__()
         n_features = D * cfg.expansion
-        assert cfg.activation != "topk" or cfg.k <= n_features, f"k={cfg.k} exceeds F={n_features}"
-        positive = min(cfg.levels, cfg.gru_divisor, cfg.sim_rows, cfg.tau) > 0
-        if not positive or not 0 <= cfg.percentile <= 1:
-            raise common.UserError("--levels, --gru_divisor, --sim_rows and --tau must be "
-                                   "positive, --percentile between 0 and 1.")
         self.cfg, self.parts = cfg, VARIANTS[cfg.variant]
         self.levels = cfg.levels if self.parts["hierarchy"] else 1
-        most = min(cfg.k, n_features) if cfg.activation == "topk" else n_features
-        if self.levels > most:                                            # some would be empty
-            raise common.UserError(f"--levels {cfg.levels} exceeds the {most} features "
-                                   "(with topk: active features) that the levels share.")
-        self.sizes = split(n_features, self.levels)                       # features of each level
-        self.causal = cfg.causal or not self.parts["temporal"]            # AMBIGUOUS A3
+        if not self.levels <= (cfg.k if cfg.activation == "topk" else n_features) <= n_features:
+            raise common.UserError(f"--levels or --k (with topk) exceeds the {n_features} features,"
+                                   " or --levels exceeds --k.")
+        self.sizes, self.ks = ([len(part) for part in torch.arange(n).tensor_split(self.levels)]
+                               for n in (n_features, cfg.k))   # features of each level, active ones
+        if cfg.routing == "top1":
+            self.ks = [min(cfg.k, size) for size in self.sizes]
+        # open B.causal: Eq. 9, 10 print no mask, Sec. 1 has "causal routing" / here both sides are
+        #   seen (leakage where the code is spliced into the LM), by all but the router / --causal
+        self.causal = cfg.causal or not self.parts["temporal"]
+        # open S.start: not given / here as usual W_enc = W_dec^T, b_enc = 0, b_dec the mean
         W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
         W = W / W.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
-        self.W_enc = nn.Parameter(W.t().clone())                          # (D, F), U14
+        self.W_enc = nn.Parameter(W.t().clone())                          # (D, F)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.b_dec = nn.Parameter(torch.zeros(D))
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
-        if self.levels > 1:                                               # 0: even gates at first
-            self.W_route = nn.Parameter(torch.zeros(D, self.levels))
-            self.b_route = nn.Parameter(torch.zeros(self.levels))
-        if self.parts["temporal"]:
-            self.add_temporal_parts(D, n_features)
-        if self.parts["margin"]:                                          # NaN: not seen yet
+        self.register_buffer("feature_ema", torch.zeros(3, n_features))   # f, f^2, f > 0
+        self.register_buffer("route_ema", torch.zeros(2, self.levels))    # choice, -p log p
+        if self.parts["margin"]:                                          # NaN, 0: not seen yet
             self.register_buffer("margin_mean", torch.full((n_features,), math.nan))
             self.register_buffer("margin_std", torch.zeros(n_features))
         if self.parts["orthogonality"]:
             self.register_buffer("attribution", torch.zeros(n_features))  # of the previous step
-        self.register_buffer("feature_ema", torch.zeros(3, n_features))   # E f, E f^2, P(f > 0)
-        if self.levels > 1:
-            self.register_buffer("route_ema", torch.zeros(2, self.levels))    # E g, E(-g log g)
-        # sums over the tokens of one step, emptied at its end
-        self.register_buffer("tally", torch.zeros(4, n_features), persistent=False)
-        self.register_buffer("route_tally", torch.zeros(2, self.levels), persistent=False)
+        if self.parts["temporal"] and D % HEADS:
+            raise common.UserError(f"the width {D} does not divide into {HEADS} heads.")
+        with torch.random.fork_rng(devices=[]):   # torch's own initial values, by the run's seed
+            torch.manual_seed(common.generator(cfg.seed, "layers").initial_seed())
+            if self.levels > 1:
+                self.router = nn.Linear(D, self.levels)
+            if self.parts["temporal"]:
+                self.add_temporal_layers(D, n_features)
 
-    def add_temporal_parts(self, D, n_features):
-        """Parameters of f_local, f_temp, the GRU and c_psi; all drawn from the run's seed."""
-        cfg = self.cfg
-        if D % HEADS:
-            raise common.UserError(f"the model's width {D} does not divide into {HEADS} heads.")
-        gen = common.generator(cfg.seed, "temporal")
-
-        def uniform(*shape, gain=1.0):
-            value = torch.empty(shape).uniform_(-gain, gain, generator=gen)
-            return nn.Parameter(value / math.sqrt(shape[0]))
-        if cfg.conv:
-            self.W_conv1, self.b_conv1 = uniform(3 * D, D), nn.Parameter(torch.zeros(D))
-            self.W_conv2, self.b_conv2 = uniform(3 * D, D), nn.Parameter(torch.zeros(D))
-        self.W_qkv = uniform(D, 3 * D)
-        # small: training starts near the standard SAE; not 0: the layers before it need a gradient
-        self.W_out = uniform(D, D, gain=0.1)
-        if not cfg.lambda_temp:
-            return
-        width = max(1, D // cfg.gru_divisor)
-        self.W_track = uniform(D, width) if width < D else None
-        self.gru = nn.GRU(width, width, num_layers=2, batch_first=True)   # Sec. 5.1
-        self.W_next = uniform(width, D)                                   # a GRU's state is bounded
-        with torch.no_grad():
-            for p in self.gru.parameters():
-                p.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=gen)
-        if cfg.consistency == "learned":
-            self.log_psi = nn.Parameter(torch.zeros(n_features))          # UNSPECIFIED U4
+    def add_temporal_layers(self, D, n_features):
+        """Layers of f_local, f_temp and the GRU; the weights of c_psi."""
+        if self.cfg.conv:                                                 # Sec. 5.1: kernel size 3
+            self.conv1, self.conv2 = nn.Linear(3 * D, D), nn.Linear(3 * D, D)
+        self.W_qkv, self.W_out = (nn.Linear(D, n * D, bias=False) for n in (3, 1))
+        self.W_out.weight.data.mul_(0.1)   # near the standard SAE; 0 would starve conv1 of gradient
+        if self.cfg.lambda_temp:                                          # Sec. 5.1: two layers
+            width = max(1, D // self.cfg.gru_divisor)
+            self.gru = nn.GRU(D, width, num_layers=2, batch_first=True)
+            self.W_next = nn.Linear(width, D, bias=False)                 # a GRU's state is bounded
+            if self.cfg.consistency == "learned":
+                self.log_psi = nn.Parameter(torch.zeros(n_features))
 
     def encode(self, x, mask=None):
-        """Raw activations (B, T, D) -> features (B, T, F). Without temporal parts also (N, D).
+        """Raw activations (B, T, D), mask -> features (B, T, F). Not temporal: also (N, D)."""
+        return self.code(x, mask)[0]
 
-        mask (B, T): False tokens count as the mean and are never attended to.
-        """
-        h = x.float() / self.scale                                        # fp32, as `rest` is
-        bias = self.b_enc - self.b_dec @ self.W_enc                       # multiplied out: tsae.py
-        gate = self.route(x)                                              # (..., L)
-        if self.parts["temporal"]:
-            if x.dim() != 3:
-                raise common.UserError("the temporal variant codes sequences (B, T, D), not single "
-                                       "vectors: its encoder mixes tokens.")
-            h, bias = self.context(h - self.b_dec, mask), self.b_enc
-        # Sec. 1, 3.2: level l encodes what the levels below it left over     UNSPECIFIED U8, U9
-        W_enc, bias = self.W_enc.split(self.sizes, 1), bias.split(self.sizes)
-        W_dec, ks = self.W_dec.split(self.sizes), split(self.cfg.k, self.levels)
-        codes, rest = [], h
-        for level in range(self.levels):
-            pre = rest @ W_enc[level] + bias[level]                       # (..., F_l)
-            z = topk(pre, ks[level]) if self.cfg.activation == "topk" else F.relu(pre)
-            if self.levels > 1:
-                z = z * (self.levels * gate[..., level, None])
-            codes.append(z)
-            if level + 1 < self.levels:
-                rest = rest - z @ W_dec[level]
-        return torch.cat(codes, -1)
-
-    def decode(self, f):  # DIFFERS FROM tsae.py:TSAE.decode - dense: statistics need all features
+    def decode(self, f):
         """Features (..., F) -> raw activations (..., D); linear."""
-        return (f @ self.W_dec + self.b_dec) * self.scale
+        return (f @ self.W_dec + self.b_dec) * self.scale                 # Sec. 3.2: g_phi(z_t)
 
-    def forward(self, x, mask=None):  # DIFFERS FROM tsae.py:TSAE.forward - may recompute
+    def forward(self, x, mask=None):
         """Raw activations (..., D) -> reconstruction (..., D) and features (..., F)."""
-        f = self.recompute(self.encode, x, mask)
+        f = self.encode(x, mask)
         return self.decode(f), f
+
+    def code(self, x, mask=None):
+        """encode's features (..., F); the router's probabilities and choice of a level (..., L)."""
+        h = x.float() / self.scale - self.b_dec                           # fp32, as `rest` is
+        p, choice, gate = self.route(h)
+        rest, codes = self.context(h, mask) if self.parts["temporal"] else h, []
+        W_enc, b_enc = self.W_enc.split(self.sizes, 1), self.b_enc.split(self.sizes)
+        W_dec = self.W_dec.split(self.sizes)
+        # open B.levels: "hierarchical decomposition" / here a third of the features each; level l
+        #   codes the rest of those below, by ReLU, as attention is not sparse / --levels
+        for level in range(self.levels):
+            if level:
+                rest = rest - codes[-1] @ W_dec[level - 1]
+            pre = rest @ W_enc[level] + b_enc[level]                      # (..., F / L)
+            z = topk(pre, self.ks[level]) if self.cfg.activation == "topk" else F.relu(pre)
+            codes.append(z * gate[..., level, None])
+        return torch.cat(codes, -1).float(), p, choice
+
+    def route(self, h):
+        """Centred h (..., D) -> probabilities, choice of a level, gates of all levels: (..., L)."""
+        # open B.gate: "causal routing" / here the router chooses a token's level: this one and
+        #   those below code the token, each the rest of the last. "top1": only that level, so
+        #   nothing is decomposed (--plant tree: EV 0.97, not 0.99, children not above parents);
+        #   "soft": codes are rescaled, nothing is routed or could degenerate / --routing
+        p = self.router(h).float().softmax(-1) if self.levels > 1 else torch.ones_like(h[..., :1])
+        if self.cfg.routing == "soft":
+            return p, p, self.levels * p
+        choice = F.one_hot(p.argmax(-1), self.levels) - p.detach() + p    # straight-through
+        nested = choice.flip(-1).cumsum(-1).flip(-1)                      # l or a level above it
+        return p, choice, choice if self.cfg.routing == "top1" else nested
+
+    def context(self, h, mask):
+        """Token mixing: centred h (B, T, D), units of sqrt(D) -> the encoder's input (B, T, D)."""
+        if h.dim() != 3:
+            raise common.UserError("the temporal variant codes sequences (B, T, D), not vectors.")
+        mask = torch.ones_like(h[..., 0], dtype=torch.bool) if mask is None else mask
+        h = h.masked_fill(~mask[..., None], 0.0)
+        local = self.local(h, mask) if self.cfg.conv else h
+        # Eq. 1 (Sec. 4.1): z_t = f_theta(h_t) = f_temp(f_local(h_t))
+        # open B.compose: Eq. 1; "complemented by" in Sec. 5.3 / here Eq. 1 as a correction of h, to
+        #   keep token t / --compose literal (Eq. 1), parallel (Sec. 5.3)
+        if self.cfg.compose == "literal":
+            return self.attend(local, mask)
+        if self.cfg.compose == "parallel":
+            return self.attend(h, mask) + (h + local if self.cfg.conv else h)
+        return h + self.attend(local, mask)
+
+    def local(self, h, mask):
+        """Two convolutions over tokens, kernel 3, padding 1 (as linear layers: faster on a CPU)."""
+        def near(h):   # tokens t-1, t, t+1 (causal: t-2, t-1, t) side by side, (B, T, 3 D)
+            h = F.pad(h, (0, 0, 2, 0) if self.causal else (0, 0, 1, 1))
+            return torch.cat([h[:, :-2], h[:, 1:-1], h[:, 2:]], -1)
+        # Eq. 10 (Sec. 5.3): f_local(h) = Conv1D(ReLU(Conv1D(h))); masked tokens stay 0 in between
+        hidden = F.relu(self.conv1(near(h))).masked_fill(~mask[..., None], 0.0)
+        return self.conv2(near(hidden))
+
+    def attend(self, h, mask):
+        """Multi-head self-attention over each sequence's scored tokens, (B, T, D) -> (B, T, D)."""
+        # Eq. 2 (Sec. 4.1), Eq. 9 (Sec. 5.3): f_temp(x) = MultiHead(W_Q x, W_K x, W_V x)
+        B, T, D = h.shape
+        q, k, v = self.W_qkv(h).view(B, T, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        # keys: scored tokens, and always oneself, because a row without any key would be NaN
+        allowed = mask[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=h.device)
+        allowed = allowed.tril() if self.causal else allowed              # (B, 1, T, T)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return self.W_out(mixed.transpose(1, 2).reshape(B, T, D))
+
+    def predict(self, image):   # EXERCISE 12
+        """The features' image z_t W_dec at all t -> the prediction of it at t+1, both (B, T, D)."""
+        # Sec. 1, 5.1: a two-layer GRU tracks features; its state predicts them
+        # open B.gru: "hidden dimensions matching the input size" / here it reads z_t W_dec (width D
+        #   whatever F is) and predicts that of z_{t+1}, which gets no gradient / --gru_divisor
+        state, _ = self.gru(image)
+        return self.W_next(state)                                         # (B, T, D)
 
     def recompute(self, stage, *inputs):
         """stage(*inputs); with checkpointing its inner tensors are computed again when needed."""
         if self.cfg.checkpointing and torch.is_grad_enabled():            # Sec. 5.6
             return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
         return stage(*inputs)
-
-    def route(self, x):
-        """Gates of the levels (..., L), positive with sum 1, from token t alone."""
-        if self.levels == 1:
-            return torch.ones_like(x[..., :1])
-        logits = (x / self.scale - self.b_dec) @ self.W_route + self.b_route
-        return logits.float().softmax(-1)                                 # fp32: softmax
-
-    def context(self, h, mask):
-        """Token mixing: centred h (B, T, D), units of sqrt(D) -> the encoder's input (B, T, D)."""
-        if mask is None:
-            mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        h = h.masked_fill(~mask[..., None], 0.0)
-        local = self.local(h, mask) if self.cfg.conv else h
-        # Eq. 1 (Sec. 4.1): z_t = f_theta(h_t) = f_temp(f_local(h_t))     AMBIGUOUS A1
-        if self.cfg.compose == "literal":
-            return self.attend(local, mask)
-        if self.cfg.compose == "parallel":                                # Sec. 5.3
-            return self.attend(h, mask) + (h + local if self.cfg.conv else h)
-        return h + self.attend(local, mask)
-
-    def local(self, h, mask):
-        """Two full (not depth-wise) convolutions over tokens, kernel 3, padding 1: 6 D^2 a token.
-
-        Each is one product with three shifted copies side by side: the same as Conv1d, without its
-        transposing. Masked tokens are 0 in between too, so padding equals the end of the text.
-        """
-        # Eq. 10 (Sec. 5.3): f_local(h) = Conv1D(ReLU(Conv1D(h)))
-        hidden = F.relu(neighbours(h, self.causal) @ self.W_conv1 + self.b_conv1)
-        hidden = hidden.masked_fill(~mask[..., None], 0.0)
-        return neighbours(hidden, self.causal) @ self.W_conv2 + self.b_conv2
-
-    def attend(self, h, mask):
-        """Multi-head self-attention over each sequence's scored tokens, (B, T, D) -> (B, T, D)."""
-        # Eq. 2 (Sec. 4.1), Eq. 9 (Sec. 5.3): f_temp(x) = MultiHead(W_Q x, W_K x, W_V x)
-        B, T, D = h.shape
-        qkv = (h @ self.W_qkv).view(B, T, 3, HEADS, D // HEADS)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                              # (B, H, T, D / H) each
-        # keys: scored tokens, and always oneself, because a row without any key would be NaN
-        allowed = mask[:, None, None, :] | torch.eye(T, dtype=torch.bool, device=h.device)
-        if self.causal:                                                   # AMBIGUOUS A3
-            allowed = allowed.tril()                                      # (B, 1, T, T)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return mixed.transpose(1, 2).reshape(B, T, D) @ self.W_out
-
-    def predict(self, image):   # EXERCISE 12
-        """The features' image z_t W_dec at all t -> the prediction of it at t+1, both (B, T, D)."""
-        # Sec. 1, 5.1: a two-layer GRU tracks features; its state predicts them     UNSPECIFIED U7
-        read = image if self.W_track is None else image @ self.W_track
-        state = common.run_gru(self.gru, read)
-        return state @ self.W_next                                        # (B, T, D)
-
-    def watch(self, f, gate, mask):
-        """Add this micro-batch to the step's sums; the fourth fills in the backward pass."""
-        with torch.no_grad():
-            scored = f.detach() * mask[..., None]
-            self.tally[0] += scored.sum((0, 1))
-            self.tally[1] += torch.linalg.vector_norm(scored, dim=(0, 1)).square()
-            self.tally[2] += (scored > 0).sum((0, 1))
-            g = torch.stack([gate, torch.special.entr(gate)]).detach()    # (2, B, T, L)
-            self.route_tally += (g * mask[..., None]).sum((1, 2))
-        if self.parts["orthogonality"]:
-            # Eq. 6 (Sec. 4.3), Eq. 14 (Sec. 5.5): A_i = ||dL / dz_i||_2     UNSPECIFIED U3
-            def add(grad):
-                self.tally[3] += torch.linalg.vector_norm(grad.float(), dim=(0, 1)).square()
-            f.register_hook(add)
-
-
-def split(n, parts):
-    """n as a sum of nearly equal whole numbers, larger ones first: split(64, 3) = [22, 21, 21]."""
-    return [(n + parts - 1 - i) // parts for i in range(parts)]
-
-
-def neighbours(h, causal):
-    """Tokens t-1, t, t+1 (causal: t-2, t-1, t) side by side: (B, T, D) -> (B, T, 3 D)."""
-    T = h.shape[1]
-    padded = F.pad(h, (0, 0, 2, 0) if causal else (0, 0, 1, 1))
-    return torch.cat([padded[:, :T], padded[:, 1:T + 1], padded[:, 2:]], -1)
 
 
 def topk(pre, k):  # SAME AS tsae.py:topk
@@ -425,143 +320,134 @@ def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
 
 
 def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing, temporal terms
-    """Terms of Eq. 16 that tokens enter, already weighted (adversarial_loss is the last one). fp32.
+    """Terms of Eq. 16, already weighted, all but the last; statistics; (f, p, choice). fp32.
 
     x (B, T, D) raw, mask (B, T), n () number of scored tokens in the whole (global) batch.
-    Reductions: reconstruction sums over D, sparsity sums over F, prediction averages over D, the
-    other temporal terms and routing are one number a token; all are averaged over scored tokens.
+    Reductions: reconstruction sums over D, sparsity over F, prediction averages over D, the other
+    temporal terms are one number a token; all are averaged over scored tokens.
     """
-    x_hat, f = sae(x, mask)
-    error = (x_hat.float() - x.float()) / sae.scale * mask[..., None]     # units of sqrt(D)
-    f, gate = f.float(), sae.route(x)
-    sae.watch(f, gate, mask)
+    n = n.clamp(min=1)
+    f, p, choice = sae.recompute(sae.code, x, mask)
+    if f.requires_grad:
+        f.retain_grad()                                                   # for Eq. 6, 14
+    image, m = (f @ sae.W_dec).float(), mask[..., None]                   # (B, T, D), (B, T, 1)
+    error = (image + sae.b_dec - x.float() / sae.scale) * m               # (decode(f) - x) / scale
     # Eq. 8 (Sec. 4.4), Eq. 16 (Sec. 5.6):
     #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_adv L_adv
     recon = error.pow(2).sum() / n   # EXERCISE 11
-    # logged, not part of the loss
-    stats = {"error": recon, "active": (f.detach().sign().sum(-1) * mask).sum() / n}   # f >= 0
-    if cfg.recon_reduction == "mean":                                     # UNSPECIFIED U13
+    stats = {"error": recon.detach(), "active": ((f > 0) * m).sum() / n}  # logged, not in the loss
+    # open B.reduction: norms / here sums, as printed; beside them lambda_2 is weak, D times heavier
+    #   with both "mean" (neighbour cosine 0.80 -> 0.85 at D = 64) / --recon_reduction
+    if cfg.recon_reduction == "mean":
         recon = recon / x.shape[-1]
-    terms = {"recon": recon}
+    terms, width = {"recon": recon}, f.shape[-1] if cfg.l1_reduction == "mean" else 1
     if cfg.activation == "relu":
-        terms["l1"] = cfg.l1 * (f.sum(-1) * mask).sum() / n   # f >= 0: the L1 norm is the sum
+        terms["l1"] = cfg.l1 * (f * m).sum() / (n * width)   # f >= 0: the L1 norm is the sum
     if sae.levels > 1:
-        terms["routing"] = cfg.routing_weight * routing_loss(gate, mask) / n
+        terms["routing"] = cfg.routing_weight * routing_loss(choice, mask, n)
+    # open B.weights: contrast and prediction (Sec. 1, 5.1) are not in Eq. 8 / here inside L_temp
     if sae.parts["temporal"] and cfg.lambda_temp:
-        for name, term in temporal_losses(sae, f, x_hat.float(), mask, cfg).items():
-            terms[name] = cfg.lambda_temp * term / n                      # UNSPECIFIED U6
-    return terms, stats
+        for name, term in temporal_losses(sae, f, image * m, mask, cfg).items():
+            terms[name] = cfg.lambda_temp * term / n
+    return terms, stats, (f, p, choice)
 
 
-def routing_loss(gate, mask):
-    """Sum over windows of (scored tokens) * (log L - entropy of the window's mean gate): ().
-
-    gate (B, T, L). A token's part is 0 if the levels share its window evenly, log L if one has it
-    all. By windows and not by the batch's mean gate, so that micro-batches add up exactly.
-    """
-    # Sec. 1, 5.2: routing entropy against degenerate routing     UNSPECIFIED U10
-    count = mask.sum(1, keepdim=True)                                     # (B, 1)
-    share = (gate * mask[..., None]).sum(1) / count.clamp(min=1)          # (B, L)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum(1, keepdim=True)
-    return (count * (math.log(gate.shape[-1]) - entropy)).sum()
+def routing_loss(choice, mask, n):
+    """log L - entropy of the levels' shares of the batch, 0 to log L: (). choice (B, T, L)."""
+    # open B.entropy: "preventing degenerate solutions" / here of the levels' shares: a token may
+    #   choose, no level may starve (without it all tokens go to one) / --routing_weight
+    share = common.total_with_gradient((choice * mask[..., None]).sum((0, 1))) / n    # (L,)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return (math.log(len(share)) - entropy) / common.world()              # each process its part
 
 
-def temporal_losses(sae, f, x_hat, mask, cfg):
-    """The three parts of L_temp, each summed over scored pairs (t, t+1): dict of ().
+@torch.autocast("cuda", enabled=False)   # fp32: codes that are nearly equal, states of T steps
+@torch.autocast("cpu", enabled=False)
+def temporal_losses(sae, f, image, mask, cfg):
+    """Parts of L_temp, each summed over scored pairs (t, t+1): dict of (). f (B, T, F).
 
-    f (B, T, F), x_hat (B, T, D) raw. A pair's consistency and contrastive terms are one number
-    each, its prediction error averages over D. The caller divides by the number of scored tokens.
+    image (B, T, D): z_t W_dec, 0 at masked tokens; its prediction averages over D.
     """
     pair = mask[:, :-1] & mask[:, 1:]                                     # (B, T-1)
-    c = consistency_matrix(f, getattr(sae, "log_psi", None))              # (B, T, T)
+    # open B.psi: "R^k x R^k -> [0, 1]" / here the cosine of codes (>= 0), features times learned
+    #   weights, which alone lower 1 - c_psi by favouring always-on features / --consistency
+    z = f * sae.log_psi.exp() if cfg.consistency == "learned" else f
+    z = F.normalize(z, dim=-1) * f.any(-1, keepdim=True)   # empty code: c = 0, and no gradient
+    c = z @ z.transpose(1, 2)                                             # (B, T, T), 0 to 1
     positive = c.diagonal(offset=1, dim1=1, dim2=2)                       # (B, T-1)
     # Sec. 3.2: L_temp = E_t[1 - c_psi(z_t, z_{t+1})]
     consistency = (1 - positive) * pair
-    # Sec. 1, 5.1: -log softmax over the window of c_psi / tau, tau = 2.0     UNSPECIFIED U5
+    # Sec. 1, 5.1: -log softmax of c_psi / tau, tau = 2.0
+    # open B.pairs: "temporal contrastive learning" / here z_{t+1} against the window's other scored
+    #   tokens, else a constant code were best; with tau = 2 it can gain half a nat / the window
     candidate = mask[:, None, :] & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     logits = (c / cfg.tau).masked_fill(~candidate, -1e4)                  # (B, T, T)
     contrastive = (logits.logsumexp(2)[:, :-1] - positive / cfg.tau) * pair
-    # Sec. 1, 5.1: evolution prediction     UNSPECIFIED U7
-    image = features_image(sae, x_hat, mask)
-    surprise = sae.recompute(sae.predict, image)[:, :-1].float() - image[:, 1:].detach()
+    # Sec. 1, 5.1: evolution prediction
+    surprise = sae.recompute(sae.predict, image)[:, :-1] - image[:, 1:].detach()
     prediction = surprise.pow(2).mean(-1) * pair
     return {"consistency": consistency.sum(), "contrastive": contrastive.sum(),
             "prediction": prediction.sum()}
 
 
-def features_image(sae, x_hat, mask):
-    """z_t W_dec (B, T, D), out of the raw reconstruction; 0 at masked tokens."""
-    return (x_hat / sae.scale - sae.b_dec).masked_fill(~mask[..., None], 0.0)
-
-
-def consistency_matrix(f, log_psi=None):
-    """c_psi of all pairs of tokens of a window: (B, T, F) -> (B, T, T), each in [0, 1]."""
-    # Sec. 3.2: c_psi: R^k x R^k -> [0, 1]; here the cosine of psi * z >= 0     UNSPECIFIED U4
-    with torch.autocast(f.device.type, enabled=False):                    # fp32: near-equal codes
-        z = f if log_psi is None else f * log_psi.exp()
-        norm = z.norm(dim=-1).clamp(min=1e-8)                             # (B, T)
-        return z @ z.transpose(1, 2) / (norm[:, :, None] * norm[:, None, :])
-
-
-def adversarial_loss(sae, step, cfg):
-    """lambda_adv L_adv of Eq. 16 and scalars for the log. No token enters it: once a step.
-
-    Summed over features: largest similarity s_i below its dynamic margin, and towards 0 for the
-    features above the attribution percentile.
-    """
-    n_features, device = sae.W_dec.shape[0], sae.W_dec.device
-    rows = torch.arange(n_features, device=device)
-    if cfg.sim_rows < n_features:                                         # DEVIATION D3
-        gen = common.generator(cfg.seed, f"rows{step}", device)
-        rows = torch.randperm(n_features, generator=gen, device=device)[:cfg.sim_rows]
-    s = similarity(sae.W_dec, rows)                                       # (R,)
-    L_adv, A_spurious, log = 0.0, torch.zeros((), device=device), {"similarity": s.detach().mean()}
-    if sae.parts["margin"]:                                               # UNSPECIFIED U1
-        margin = update_margin(sae, s.detach(), rows, cfg)
+def adversarial_loss(sae, f, mask, cfg):
+    """lambda_adv L_adv of Eq. 16, summed over features: (); scalars for the log. f (B, T, F)."""
+    # open B.similarity: "observed activation patterns" / here of features' codes over the step's
+    #   tokens; decoder rows are slow, 0.01 instead of 2.5 % pass their margin / --similarity
+    columns = (f * mask[..., None]).flatten(0, 1) if cfg.similarity == "code" else sae.W_dec.t()
+    s = similarity(columns)                                               # (F,)
+    L_adv, A_spurious, log = 0.0, torch.zeros_like(s[0]), {"similarity": s.detach().mean()}
+    # open B.adv: no formula / here a margin for all, orthogonality for the few with a_i > 0:
+    #   L_adv = Σ_i max(0, s_i - m_i)^2 + w Σ_i a_i max(0, s_i)^2, a_i = A_i/max A above the
+    #   percentile, else 0 ("proportional to attribution strength") / w: VARIANTS
+    if sae.parts["margin"]:
+        margin = update_margin(sae, s.detach(), cfg)
         L_adv = L_adv + F.relu(s - margin).square().sum()
-        log["over_margin"] = (s.detach() > margin).float().mean()
+        log["over_margin"] = (s > margin).float().mean()
     if sae.parts["orthogonality"]:
-        A = sae.attribution                                               # (F,), without a gradient
-        above = A[rows] * (A[rows] > torch.quantile(A, cfg.percentile))   # Sec. 4.3
-        a = above / A.max().clamp(min=1e-30)
-        L_adv = L_adv + sae.parts["orthogonality"] * (a * F.relu(s).square()).sum()   # U1
-        A_spurious = above @ F.relu(s.detach()) / above.sum().clamp(min=1e-30)   # UNSPECIFIED U2
+        A = sae.attribution / sae.attribution.max().clamp(min=1e-30)      # (F,), no gradient
+        above = A > torch.quantile(A, cfg.percentile)                     # Sec. 4.3
+        a = A * above
+        L_adv = L_adv + sae.parts["orthogonality"] * (a * F.relu(s).square()).sum()
+        # open B.spurious: no formula / here, as the letter A says, the mean of a_i above the
+        #   percentile; "similarity": that of s_i weighted by a_i, for rows below 0.5 / --spurious
+        A_spurious = a.sum() / above.sum().clamp(min=1)
+        if cfg.spurious == "similarity":
+            A_spurious = a @ F.relu(s.detach()) / a.sum().clamp(min=1e-30)
         log["A_spurious"] = A_spurious
     log["lambda_adv"] = cfg.adv_scale * adversarial_weight(A_spurious)
-    return log["lambda_adv"] * L_adv * (n_features / len(rows)), log
+    return log["lambda_adv"] * L_adv / common.world(), log               # each process its part
 
 
-def similarity(W_dec, rows, block=1024):
-    """Cosine of decoder rows (of norm 1) to their nearest other row: (F, D), (R,) -> (R,).
-
-    The nearest row is found in blocks without a gradient, so no (R, F) matrix is ever kept; the
-    gradient of a maximum is that of the pair which attains it.
-    """
-    with torch.no_grad():
-        nearest = []
-        for part in rows.split(block):
-            cosine = W_dec[part] @ W_dec.t()                              # (block, F)
-            nearest.append(cosine.scatter_(1, part[:, None], -2.0).argmax(1))   # not itself
-    return (W_dec[rows] * W_dec[torch.cat(nearest)]).sum(1)               # UNSPECIFIED U11
+def similarity(columns):
+    """Cosine of each column to its nearest other column, over all processes: (N, F) -> (F,)."""
+    u = columns / common.total_with_gradient(columns.square().sum(0)).clamp(min=1e-24).sqrt()
+    with torch.no_grad():   # a maximum's gradient is that of the pair which attains it
+        nearest = common.total(u.t() @ u).fill_diagonal_(-2.0).argmax(1)  # not itself
+    return common.total_with_gradient((u * u[:, nearest]).sum(0))
 
 
 @torch.no_grad()
-def update_margin(sae, s, rows, cfg):
-    """Running mean and deviation of s (R,) for the features `rows` (R,); returns their margins."""
-    alpha = cfg.margin_decay if cfg.adapt else 1.0                        # AMBIGUOUS A2
-    mean, std = sae.margin_mean[rows], sae.margin_std[rows]
+def update_margin(sae, s, cfg):
+    """Running mean and deviation of each feature's s (F,) -> margins (F,): only jumps pass them."""
+    alpha = torch.where(s == 0, 1.0, cfg.margin_decay if cfg.adapt else 1.0)   # silent: no s_t
+    mean, std = sae.margin_mean, sae.margin_std
     # Eq. 3 (Sec. 4.2), Eq. 11 (Sec. 5.4): mu_t = alpha mu_{t-1} + (1 - alpha) s_t, mu_0 = s_0
-    mean = torch.where(mean.isnan(), s, alpha * mean + (1 - alpha) * s)
+    mean.copy_(torch.where(mean.nan_to_num() == 0, s, alpha * mean + (1 - alpha) * s))
     # Eq. 4, Eq. 12 (Sec. 5.4): sigma_t = sqrt(alpha sigma_{t-1}^2 + (1 - alpha) (s_t - mu_t)^2)
-    std = (alpha * std.square() + (1 - alpha) * (s - mean).square()).sqrt()
-    sae.margin_mean[rows], sae.margin_std[rows] = mean, std
+    std.copy_((alpha * std.square() + (1 - alpha) * (s - mean).square()).sqrt())
     # Eq. 5, Eq. 13 (Sec. 5.4): m_t = mu_t + 2 sigma_t
     return mean + 2 * std   # EXERCISE 10
 
 
 # ---------------------------------------------------------------------------------------------
-# Schedules: the learning rate is constant; weights and running statistics
+# Schedules: pure functions of the step, and statistics that run over the steps
 # ---------------------------------------------------------------------------------------------
+
+
+def lr_factor(step, cfg):  # SAME AS tsae.py:lr_factor
+    """Learning-rate multiplier: linear warm-up, then 1."""
+    return min(1.0, (step + 1) / max(1, cfg.lr_warmup))
 
 
 def adversarial_weight(A_spurious):
@@ -569,35 +455,42 @@ def adversarial_weight(A_spurious):
     return (A_spurious - 0.5).clamp(min=0.1)
 
 
-def monitor_rate(step, cfg):
-    """Weight of the newest value in the averages of the log: a plain mean first, then 1 - 0.99."""
-    return max(1 - cfg.monitor_decay, 1 / (step + 1))
+@torch.no_grad()
+def update_attribution(sae, f, cfg):
+    """A_i for the next step's L_adv, from the gradient that the backward pass left at the code."""
+    # Eq. 6 (Sec. 4.3), Eq. 14 (Sec. 5.5): A_i = ||dL / dz_i||_2
+    # open B.attribution: which L, tokens, derivative / here Eq. 16, last step; tokens with the
+    #   feature on: "highly activated" (63 % of ΣA^2 came from others, where it reaches nothing);
+    #   partial: not by way of higher levels (the total one: 80 % the same) / --attribution all
+    grad = f.grad * (f > 0) if cfg.attribution == "active" else f.grad    # (B, T, F)
+    sae.attribution.copy_(common.total(grad.square().sum((0, 1))).sqrt())
 
 
 @torch.no_grad()
-def update_monitor(sae, n, step, cfg):
-    """Sec. 5.2: the step's sums into the EMAs and the attribution; n () scored tokens in all."""
-    tally = common.total(sae.tally)
-    sae.feature_ema.lerp_(tally[:3] / n, monitor_rate(step, cfg))         # AMBIGUOUS A2
-    if sae.levels > 1:
-        sae.route_ema.lerp_(common.total(sae.route_tally) / n, monitor_rate(step, cfg))
-    if sae.parts["orthogonality"]:
-        sae.attribution.copy_(tally[3].sqrt())
-    sae.tally.zero_()
-    sae.route_tally.zero_()
+def update_monitor(sae, f, p, choice, mask, n, step, cfg):
+    """Sec. 5.2: EMAs of features and routing, plain means at first; n () tokens in all."""
+    # open B.ema: 0.95 (Sec. 5.1, 6.1) or 0.99 (Sec. 5.2) for feature statistics / here 0.95 for the
+    #   margins (Eq. 3), 0.99 for what is monitored / --margin_decay, --monitor_decay
+    def mean(*values):
+        sums = torch.stack([(v * mask[..., None]).sum((0, 1)) for v in values])
+        return common.total(sums) / n.clamp(min=1)
+    rate = max(1 - cfg.monitor_decay, 1 / (step + 1))
+    sae.feature_ema.lerp_(mean(f, f.square(), f > 0), rate)               # (3, F)
+    sae.route_ema.lerp_(mean(choice, torch.special.entr(p)), rate)        # (2, L)
 
 
 @torch.no_grad()
-def monitor(sae):
-    """Scalars for the log: each level's variance, share of the routing and part of its entropy."""
-    mean, square, _ = sae.feature_ema
-    out = {}
-    for level, variance in enumerate((square - mean.square()).split(sae.sizes)):
-        if sae.levels > 1:
-            out[f"share_{level + 1}"] = sae.route_ema[0, level]
-            out[f"entropy_{level + 1}"] = sae.route_ema[1, level]
-        out[f"variance_{level + 1}"] = variance.mean()
-    return out
+def level_metrics(sae):
+    """Sec. 6.1: variance, mean square, L0, share and entropy of each level, from the EMAs."""
+    mean, square, active = sae.feature_ema
+    table = {"variance": [v.mean() for v in (square - mean.square()).split(sae.sizes)],
+             "mean_square": [v.mean() for v in square.split(sae.sizes)],
+             "L0": [v.sum() for v in active.split(sae.sizes)],
+             "share": sae.route_ema[0], "entropy": sae.route_ema[1]}
+    out = {f"{k}_{i + 1}": v for k, column in table.items() for i, v in enumerate(column)}
+    for name in ("variance", "mean_square"):   # top level against lowest; the paper: 0.40
+        out[f"{name}_drop"] = 1 - table[name][-1] / table[name][0].clamp(min=1e-30)
+    return {**out, "entropy": sae.route_ema[1].sum()}                     # of a token, <= log L
 
 
 # ---------------------------------------------------------------------------------------------
@@ -606,103 +499,71 @@ def monitor(sae):
 
 
 def train(cfg, acts):
-    """Train one SAE on the activations of one layer (common.Activations). Returns the evaluation.
-
-    Writes the run folder (common.Run): config, log, checkpoints, weights, evaluation, figures.
-    """
+    """Train one SAE on the activations of one layer (common.Activations). -> evaluation."""
     sae = HierarchicalSAE(acts.D, cfg).to(acts.device)
     with torch.no_grad():
-        sae.scale.fill_(acts.scale)                                       # DEVIATION D1
-        sae.b_dec.copy_(acts.mean / acts.scale)                           # UNSPECIFIED U14
-    opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
-                           fused=True)                                    # Sec. 5.1, 5.6
+        # open S.scale: not given / here one scalar makes the mean norm sqrt(D)
+        # open S.lambda: on activations of norm 1, 0.04 is 0.04 sqrt(D) here (D = 576: 0.96) / --l1
+        # open S.sinks: not given / here masked (norm > 10 times the median) / else EV is 0.999
+        sae.scale.fill_(acts.scale)
+        sae.b_dec.copy_(acts.mean / acts.scale)
+    # open S.decay: "Adam" (Sec. 5.1) / here AdamW without decay, which is Adam / --weight_decay
+    opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
     compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():
-        # 1. batch: micro-batches that together hold cfg.batch_size sequences
-        batch = acts.batch(step)   # [(x (B, T, D), mask (B, T))]
-        n = common.total(sum(mask.sum() for _, mask in batch))   # scored tokens, all processes
-        opt.zero_grad()
+        # 1. batch
+        x, mask = acts.batch(step)                                        # (b, T, D), (b, T)
+        n = common.total(mask.sum()).clamp(min=1)                         # scored, all processes
         # 2. forward and losses   3. backward
-        sums, scalars = {}, {}
-        for x, mask in batch:
-            with acts.autocast():
-                terms, stats = compute(sae, x, mask, n, step, cfg)
-            sum(terms.values()).backward()
-            common.accumulate(sums, terms, **stats)
-        if sae.parts["margin"] or sae.parts["orthogonality"]:             # no tokens: once a step
-            term, scalars = adversarial_loss(sae, step, cfg)
-            term = term / common.world()
-            term.backward()
-            common.accumulate(sums, {"adversarial": term})
+        with acts.autocast():
+            terms, stats, (f, p, choice) = compute(sae, x, mask, n, step, cfg)
+        scalars = {}
+        if sae.parts["margin"] or sae.parts["orthogonality"]:
+            terms["adversarial"], scalars = adversarial_loss(sae, f, mask, cfg)
+        opt.zero_grad()
+        sum(terms.values()).backward()
         common.sum_gradients(sae)                                         # across processes
         # 4. constrain the gradient
-        remove_parallel_gradient(sae)                                     # DEVIATION D2
-        if step == 0:
-            common.assert_gradients(sae, sums)
+        if cfg.project_gradient:
+            remove_parallel_gradient(sae)
+        if cfg.clip:
+            nn.utils.clip_grad_norm_(sae.parameters(), cfg.clip)
         # 5. step   6. renormalise
+        opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg)
         opt.step()
-        normalize_decoder(sae)                                            # DEVIATION D2
-        # 7. bookkeeping: attribution for the next step, statistics for the log
-        update_monitor(sae, n, step, cfg)
+        # open S.projection: not given / here norm 1, as long rows save L1 / --no-project_gradient
+        normalize_decoder(sae)
+        # 7. bookkeeping
+        if sae.parts["orthogonality"]:
+            update_attribution(sae, f, cfg)
+        update_monitor(sae, f, p, choice, mask, n, step, cfg)
         # ---------------------------------------------------------------------------------------
-        run.log(step, sums, lr=cfg.lr, **scalars, **(monitor(sae) if run.log_due(step) else {}))
-        run.save_if_due(step)
+        run.log(step, {**terms, **stats}, lr=opt.param_groups[0]["lr"], **scalars,
+                **(level_metrics(sae) if run.log_due(step) else {}))
 
-    results = run.evaluate(cfg.eval, PAPER, extra=extra_metrics)
-    return results
+    return run.evaluate(PAPER, extra_metrics)
 
 
-@torch.no_grad()
 def extra_metrics(sae, acts):
-    """Sec. 6.1: statistics of the levels on held-out text; the skill of the GRU's prediction."""
-    out = {}
-    if sae.levels > 1:
-        out["levels"] = level_metrics(sae, acts)
+    """Results beside the evaluations of --eval."""
+    out = {"levels": {k: v.item() for k, v in level_metrics(sae).items()}} if sae.levels > 1 else {}
     if hasattr(sae, "gru"):
         out["evolution"] = {"skill": prediction_skill(sae, acts)}
     return out
 
 
-def level_metrics(sae, acts):
-    """Activation variance, mean square, L0 and routing of each level, over held-out scored tokens.
-
-    variance_l: variance over tokens, averaged over the level's features (squared units of sqrt(D)).
-    variance_drop: 1 - that of the top level / that of the lowest (the paper: 0.40); the drop of the
-    mean square beside it tells how much of this is only that higher levels have smaller codes.
-    entropy: of a token's gates, at most log L; entropy_l is level l's part of it.
-    """
-    n, moments, routing = 0, 0.0, 0.0
-    for x, mask in acts.heldout():
-        f, gate = sae.encode(x, mask)[mask], sae.route(x)[mask].double()  # (n, F), (n, L)
-        n += len(f)
-        sums = (t.sum(0, dtype=torch.float64) for t in (f, f.square(), f > 0))
-        moments = moments + torch.stack(list(sums))                       # (3, F)
-        routing = routing + torch.stack([gate.sum(0), torch.special.entr(gate).sum(0)])
-    mean, square, active = moments / n                                    # (F,) each
-    share, entropy = routing / n                                          # (L,) each
-    table = {"variance": [v.mean() for v in (square - mean.square()).split(sae.sizes)],
-             "mean_square": [v.mean() for v in square.split(sae.sizes)],
-             "L0": [v.sum() for v in active.split(sae.sizes)], "share": share, "entropy": entropy}
-    out = {f"{k}_{i + 1}": v.item() for k, column in table.items() for i, v in enumerate(column)}
-    out["entropy"] = entropy.sum().item()
-    for name in ("variance", "mean_square"):
-        out[f"{name}_drop"] = 1 - out[f"{name}_{sae.levels}"] / max(out[f"{name}_1"], 1e-30)
-    return out
-
-
+@torch.no_grad()
 def prediction_skill(sae, acts):
     """1 - squared error of the evolution prediction / that of "nothing changes" (0 = no better)."""
-    error = unchanged = 0.0
+    sums = {"error": 0.0, "unchanged": 0.0}
     for x, mask in acts.heldout():
-        image = features_image(sae, sae(x, mask)[0], mask)
-        pair = mask[:, :-1] & mask[:, 1:]
-        now, then = image[:, :-1][pair], image[:, 1:][pair]
-        predicted = sae.predict(image)[:, :-1][pair]
-        error += (predicted - then).double().square().sum().item()
-        unchanged += (now - then).double().square().sum().item()
-    return 1 - error / max(unchanged, 1e-30)
+        image = sae.encode(x, mask) @ sae.W_dec * mask[..., None]
+        pair = (mask[:, :-1] & mask[:, 1:])[..., None]
+        for name, guess in (("error", sae.predict(image)), ("unchanged", image)):
+            sums[name] += ((guess[:, :-1] - image[:, 1:]) * pair).double().square().sum().item()
+    return 1 - sums["error"] / max(sums["unchanged"], 1e-30)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -712,7 +573,7 @@ def prediction_skill(sae, acts):
 
 def main(argv=None):
     """Command line; returns the exit status."""
-    return common.launch(__doc__, Config, LAPTOP, CHOICES, HierarchicalSAE, train, argv)
+    return common.launch(__doc__, Config, train, LAPTOP, argv=argv)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Runs behind the README's tables: suites of (script, flags, seeds, layers), each run done once and kept.
+"""Runs behind the tables: suites of (script, flags, seeds, layers), each run made once and kept.
 
-    python benchmarks/experiments.py compare             every variant and control on one activation stream
-    python benchmarks/experiments.py tsae --seeds 42     one suite, one seed
-    python benchmarks/experiments.py tsae --table        only collect what is there
-    python benchmarks/experiments.py readme              write the README's tables from results/*.json
+    python benchmarks/experiments.py compare              what is missing, then the table and figure
+    python benchmarks/experiments.py compare --table      run nothing: collect, print, draw
+    python benchmarks/experiments.py compare --list       the commands, and which of them are done
+    python benchmarks/experiments.py compare --seeds 42 --rows "TopK 64" --more "--cache DIR"
+    python benchmarks/experiments.py settings             what each common setting is worth
+    python benchmarks/experiments.py tables               write the tables of README.md and docs/
 
-A run lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whatever suite asked for it: suites share runs. A
-finished run is not repeated (evaluations that it lacks are added), an interrupted one is resumed, and a run that
-another process works on is left to it; results/<suite>.json is written anew from the run folders. One worker
-process of one thread a core is faster than one process of several threads. The flags are the whole difference to
-the scripts' laptop preset.
+The runs of single papers, their ablations and readings are those of benchmarks/claims.py. A run
+lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whoever asked for it. A finished run is not
+repeated, an evaluation that it lacks is added, an interrupted run goes on. Every run is a process
+of one thread, as many at a time as there are cores. Flags are the whole difference to the scripts'
+laptop preset. results/<suite>.json holds the metrics of COLUMNS and, by seed, command, commit,
+versions and machine.
 """
 import argparse
-import contextlib
+import concurrent.futures
 import dataclasses
-import fcntl
-import importlib
-import io
-import json
 import os
 import re
 import statistics
@@ -28,399 +27,314 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-import torch
-
 import common
 
-RUNS = Path("runs/bench")
-TOPK = "--activation topk --k 32"
-PLAIN = "--layer_norm off --variance_weights off"
-HALF = "--batch_size 2 --steps 1250 --warmup 1000 --lr_warmup 500"
-LENS = "--heldout_tokens 128000"
-NO_EXTRAS = "--layer_norm off --boost 1 --grad_noise 0 --no-buffers"
-METHODS = {       # on the same activations and tokens: temporal_lens.py's own default is Shakespeare
-    "standard": ("tsae", "--no-temporal"),
-    "TSAE": ("tsae", ""),
-    "TSAE, half weights": ("tsae", f"{PLAIN} --temporal_scale 0.5"),
-    "MTSAE extraction": ("mtsae", "--steps 2500"),
-    "MTSAE unlearning": ("mtsae", "--variant unlearning --steps 2500 --dtype auto"),
-    "TemporalLens": ("temporal_lens", "--data bundled"),
-    "hierarchical": ("hierarchical_sae", ""),
-}
-SPARSITIES = (16, 64, 256)
+import evals
+from benchmarks import throughput
+
+RUNS, RESULTS = HERE / "runs" / "bench", HERE / "results"
+
+# ----------------------------------------------------------------------------------------------
+# Suites
+# ----------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Suite:
-    """Rows {label: (script, flags)} to run with some seeds at some layers, and what to evaluate."""
-    rows: dict
-    evals: str = "reconstruction,temporal"
-    seeds: str = "42,43,44"
-    layers: str = "19"
-    elsewhere: tuple = ()      # further (part of a label, layer), with the first seed
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One script with flags, for some seeds and layers."""
+    script: str                    # module with train(cfg, acts)
+    flags: str = ""
+    evals: str = "core,temporal"
+    seeds: tuple = (42, 43, 44)
+    layers: tuple = (19,)
+    elsewhere: tuple = ()          # further layers, first seed only
+
+    def jobs(self):
+        """[(layer, seed)], the first seed first."""
+        first = [(layer, self.seeds[0]) for layer in (*self.layers, *self.elsewhere)]
+        return first + [(layer, seed) for seed in self.seeds[1:] for layer in self.layers]
+
+    def command(self, layer):
+        return f"python {self.script.replace('.', '/')}.py --layer {layer} {self.flags}".strip()
+
+    def folder(self, layer, seed):
+        """Where this run lives: the same for the same flags in any order."""
+        parts = sorted(" ".join(p.split()) for p in f" {self.flags}".split(" --") if p.strip())
+        name = "-".join([self.script, *parts]).replace(" ", "-").replace(",", "+")
+        return RUNS / name / f"L{layer}-s{seed}"
+
+
+METHODS = {      # name in the comparison: (script, flags that make the method)
+    "standard": ("tsae", "--no-temporal"), "TSAE": ("tsae", ""),
+    "TSAE, half weights":
+        ("tsae", "--layer_norm off --variance_weights off --temporal_scale 0.5"),
+    "MTSAE extraction": ("mtsae", ""),
+    "MTSAE unlearning": ("mtsae", "--variant unlearning --schedule constant --dtype auto"),
+    "TemporalLens": ("temporal_lens", ""), "hierarchical": ("hierarchical_sae", "")}
+# One text, optimiser, schedule and clipping for every method: a safeguard would be worth more than
+# a paper's idea (clipping alone 0.009 EV). Suite "settings" shows what each is worth.
+SAME = ("--data bundled --steps 2500 --batch_size 4 --lr 3e-4 --lr_warmup 500 --weight_decay 0 "
+        "--clip 0 --project_gradient --recon_reduction sum")
+ALL = "core,temporal,probing"
+
+
+def stage(method, k, more="", **fields):
+    """A method on the common stage, k features active at a token; later flags win."""
+    script, flags = METHODS[method]
+    both = {p.split()[0].removeprefix("no-"): p for p in f" {flags} {SAME} {more}".split(" --")[1:]}
+    flags = " ".join(f"--{p.strip()}" for p in both.values())
+    return Row(script, f"{flags} --activation topk --k {k}", ALL, **fields)
 
 
 SUITES = {
-    "tsae": Suite({
-        "TSAE, paper": ("tsae", ""),
-        "standard, L1 0.04": ("tsae", "--no-temporal"),
-    }, "core,temporal", "42,43,44,45,46"),
-    "tsae_ablation": Suite({          # half the batch (256 tokens a step) and half of every schedule
-        "TSAE, paper": ("tsae", HALF),
-        "  without clipping": ("tsae", f"--clip 0 {HALF}"),
-        "  without boost": ("tsae", f"--boost 1 {HALF}"),
-        "  without noise": ("tsae", f"--grad_noise 0 {HALF}"),
-        "  without buffers": ("tsae", f"--no-buffers {HALF}"),
-        "  without LayerNorm": ("tsae", f"--layer_norm off {HALF}"),
-        "  LayerNorm after the ReLU": ("tsae", f"--layer_norm post {HALF}"),
-        "  no variance weights": ("tsae", f"--variance_weights off {HALF}"),
-        "  none of the safeguards": ("tsae", f"--clip 0 {NO_EXTRAS} --variance_weights off {HALF}"),
-        "  error averaged over D": ("tsae", f"--recon_reduction mean {HALF}"),
-        "standard": ("tsae", f"--no-temporal {HALF}"),
-        "standard, error averaged over D": ("tsae", f"--no-temporal --recon_reduction mean {HALF}"),
-    }),
-    "tsae_l0": Suite({
-        "TopK 32": ("tsae", f"--no-temporal {TOPK}"),
-        "TSAE, paper's weights": ("tsae", TOPK),
-        "TSAE, paper's weights, no LayerNorm": ("tsae", f"{TOPK} --layer_norm off"),
-        "TSAE, no LayerNorm, no variance weights": ("tsae", f"{TOPK} {PLAIN}"),
-        "  x 0.5": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 0.5"),
-        "  x 3": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 3"),
-        "  x 10": ("tsae", f"{TOPK} {PLAIN} --temporal_scale 10"),
-    }, "core,temporal"),
-    "mtsae": Suite({
-        "extraction": ("mtsae", "--steps 2500"),
-        "  rates 1,2,4": ("mtsae", "--rates 1,2,4 --steps 2500"),
-        "  causal": ("mtsae", "--padding causal --steps 2500"),
-        "  no batch norm": ("mtsae", "--batch_norm off --steps 2500"),
-        "  no resampling": ("mtsae", "--resample_every 0 --steps 2500"),
-        "  error averaged over D": ("mtsae", "--recon_reduction mean --steps 2500"),
-        "unlearning": ("mtsae", "--variant unlearning --steps 2500 --dtype auto"),
-        "  unlearning, causal": ("mtsae", "--variant unlearning --padding causal --steps 2500 --dtype auto"),
-        "  10,000 tokens": ("mtsae", "--variant unlearning --tokens 10000 --steps 0 --batch_size 16"),
-    }, "core,temporal"),
-    "lens": Suite({       # the paper's 1000 test sequences; the bundled Shakespeare has 657 held-out windows
-        "TemporalLens": ("temporal_lens", LENS),
-        "  no annealing": ("temporal_lens", f"--no-anneal {LENS}"),
-        "  static masks": ("temporal_lens", f"--static_masks {LENS}"),
-        "  uniform weights": ("temporal_lens", f"--uniform_weights {LENS}"),
-        "  masks of one, uniform weights": ("temporal_lens", f"--no-masks --uniform_weights {LENS}"),
-    }, elsewhere=(("TemporalLens", "5"), ("TemporalLens", "12"))),
-    "hierarchical": Suite({
-        "temporal": ("hierarchical_sae", ""),
-        "  causal": ("hierarchical_sae", "--causal"),
-        "hierarchical": ("hierarchical_sae", "--variant hierarchical"),
-        "disentangled": ("hierarchical_sae", "--variant disentangled"),
-        "adversarial": ("hierarchical_sae", "--variant adversarial"),
-        "self-aligning": ("hierarchical_sae", "--variant self-aligning"),
-    }, "core,temporal"),
-    "unlearning": Suite({
-        "hierarchical: temporal": ("hierarchical_sae", ""),
-        "hierarchical: hierarchical": ("hierarchical_sae", "--variant hierarchical"),
-        "hierarchical: disentangled": ("hierarchical_sae", "--variant disentangled"),
-        "hierarchical: adversarial": ("hierarchical_sae", "--variant adversarial"),
-        "hierarchical: self-aligning": ("hierarchical_sae", "--variant self-aligning"),
-        "MTSAE extraction": METHODS["MTSAE extraction"],
-        "MTSAE unlearning": METHODS["MTSAE unlearning"],
-        "standard": METHODS["standard"],
-        "TopK 64": ("tsae", "--no-temporal --activation topk --k 64"),
-        "TopK 32, F = 8 D": ("tsae", f"--no-temporal {TOPK} --expansion 8"),
-        "hierarchical: temporal, TopK 64": ("hierarchical_sae", "--activation topk --k 64"),
-        "MTSAE unlearning, TopK 64": (
-            "mtsae", "--variant unlearning --steps 2500 --dtype auto --activation topk --k 64"),
-    }, "unlearning"),
-    "compare": Suite({
-        **{f"{name}, TopK {k}": (script, f"{flags} --activation topk --k {k}".strip())
-           for k in (64, 16, 256) for name, (script, flags) in METHODS.items()},
-        **{f"{name}, paper's ReLU": row for name, row in METHODS.items()},
-    }, "core,temporal,probing", elsewhere=(("TopK 64", "5"), ("TopK 64", "12"))),
+    "compare": {
+        **{f"{m}, TopK {k}": stage(m, k, elsewhere=(5, 12) if k == 64 else ())
+           for k in (64, 16, 256) for m in METHODS},
+        **{f"{m}, shuffled, TopK 64": stage(m, 64, "--shuffle train")
+           for m in METHODS if m != "standard"},
+        **{f"{m}, paper's ReLU": Row(script, flags, ALL) for m, script, flags in (
+            ("standard", "tsae", "--no-temporal"), ("TSAE", "tsae", ""),
+            ("MTSAE extraction", "mtsae", "--steps 2500"),
+            ("MTSAE unlearning", "mtsae", "--variant unlearning --steps 2500 --dtype auto"),
+            ("TemporalLens", "temporal_lens", "--data bundled"),
+            ("hierarchical", "hierarchical_sae", ""))}},
+    "settings": {     # what each setting of the common stage is worth alone
+        **{f"{m}, clip {c}": stage(m, 64, f"--clip {c}", seeds=(42,))
+           for m in METHODS for c in (0, 2)},
+        **{f"standard, {what}": stage("standard", 64, flag, seeds=(42,)) for what, flag in (
+            ("weight decay 0.01", "--weight_decay 0.01"), ("no warm-up", "--lr_warmup 0"),
+            ("gradient not projected", "--no-project_gradient"))}},
 }
 
-
-def run_folder(script, flags, seed, layer):
-    """Where this run lives, whatever suite asks for it; flags in any order give one folder."""
-    parts = sorted(" ".join(part.split()) for part in f" {flags}".split(" --") if part.strip())
-    name = "-".join([script, *parts]).replace(" ", "-").replace(",", "+")
-    return RUNS / name / f"L{layer}-s{seed}"
+# ----------------------------------------------------------------------------------------------
+# Running
+# ----------------------------------------------------------------------------------------------
 
 
 def lacks(folder, evals):
-    """The evaluations among `evals` (comma) that a finished run has not seen; None if it is not finished."""
+    """Evaluations that a finished run has not seen; None if it is not finished."""
     path = folder / "eval.json"
-    if not path.exists():
-        return None
-    results = common.read_json(path)
-    core = results.get("core", {})
-    have = {"core": "ce_loss_score" in core, "reconstruction": "EV" in core, "temporal": "EV_by_scale" in
-            results.get("temporal", {})}
-    return [name for name in evals.split(",") if not have.get(name, name in results)]
+    return None if not path.exists() else [
+        name for name in evals.split(",") if name not in common.read_json(path)]
 
 
-def one(script, flags, seed, layer, evals, more=""):
-    """Train and evaluate one run as far as that is not done; its output goes to output.txt beside it.
+def one(row, job, more=""):
+    """Train or resume one run, or add what it lacks; its output beside the folder -> success."""
+    out, python = row.folder(*job), [sys.executable, "-m"]
+    missing = lacks(out, row.evals)
+    if missing == [] or not (HERE / f"{row.script.replace('.', '/')}.py").exists():
+        return missing == []
+    cache = " ".join(re.findall(r"--cache \S+", more)).split()
+    commands = [[*python, f"evals.{name}", out, *cache] for name in missing or ()]
+    if missing is None:
+        begun = (out / "checkpoint.safetensors").exists()
+        flags = ["--resume", out, *cache] if begun else [
+            "--layer", str(job[0]), "--seed", str(job[1]), "--out", out, "--overwrite",
+            *f"{row.flags} {more}".split()]
+        commands = [[*python, row.script, "--eval", row.evals, *flags]]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start, output = time.time(), out.with_suffix(".txt")
+    with open(output, "a") as file:
+        codes = [subprocess.run(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT, env={
+            **os.environ, "OMP_NUM_THREADS": "1"}).returncode for command in commands]
+    good = set(codes) <= {0, 3}                            # 3: an evaluation could not be had
+    last = re.split(r"[\r\n]", output.read_text().strip())[-1][:200]
+    told = "done" if good else f"failed: {last}"
+    print(f"{time.strftime('%H:%M:%S')} {out.parent.name} {out.name}: {told} "
+          f"({time.time() - start:.0f} s)", flush=True)
+    return good
 
-    more: flags that change no result, such as --cache. A run that another process holds is left alone.
-    """
-    out = run_folder(script, flags, seed, layer)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
+
+def run(table, more="", workers=0):
+    """Everything that these Rows lack, the first seed of each first."""
+    jobs = {}                      # by folder: rows that share a run share its evaluations
+    for row, job in sorted(((row, job) for row in table for job in row.jobs()),
+                           key=lambda pair: pair[0].jobs().index(pair[1])):
+        before = jobs[row.folder(*job)][0].evals.split(",") if row.folder(*job) in jobs else []
+        names = ",".join(dict.fromkeys([*before, *row.evals.split(",")]))
+        jobs[row.folder(*job)] = dataclasses.replace(row, evals=names), job
+    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        missing = lacks(out, evals)
-        if missing == []:
-            return
-        if missing:
-            argv = ["--run", str(out), "--eval", ",".join(missing)]
-        elif (out / "checkpoint.safetensors").exists():
-            argv = ["--resume", str(out), "--eval", evals]
-        else:
-            argv = ["--layer", str(layer), "--seed", str(seed), "--out", str(out), "--overwrite", "--eval", evals,
-                    "--save_every", "1000", *flags.split()]
-        start, errors = time.time(), io.StringIO()
-        with (open(out / "output.txt", "a") as file, contextlib.redirect_stdout(file),
-              contextlib.redirect_stderr(errors)):
-            status = importlib.import_module(script).main([*argv, *more.split()])
-        if status:                           # a run that stopped leaves a trace: its log, and why
-            common.write_json(out / "status.json", {"status": status, "error": errors.getvalue().strip()[-500:]})
-        if status == 130:                    # Ctrl-C: saved; the rest of the suite is not wanted now either
-            raise SystemExit(130)
-        tail = errors.getvalue().strip().splitlines()[-1:] if status else ""
-        print(f"{time.strftime('%H:%M:%S')} {out.parent.name} {out.name} {'+'.join(missing or ['all'])}: "
-              f"status {status} ({time.time() - start:.0f} s) {tail}", flush=True)
-
-
-def jobs_of(suite, seeds="", layers="", rows="", full=False):
-    """The runs of a suite: [(label, seed, layer)], the first seed of every row first."""
-    spec = SUITES[suite]
-    seeds, layers = (seeds or spec.seeds).split(","), (layers or spec.layers).split(",")
-    if full:
-        layers = sorted({*layers, *(layer for _, layer in spec.elsewhere)}, key=int)
-    chosen = [label for label in spec.rows if re.search(rows, label)]
-    jobs = [(label, seed, layer) for seed in seeds for layer in layers for label in chosen]
-    jobs += [(label, seeds[0], layer) for part, layer in spec.elsewhere for label in chosen if part in label]
-    return list(dict.fromkeys(jobs))
-
-
-def run_suite(suite, seeds="", layers="", rows="", full=False, more="", workers=0):
-    """All runs of a suite in worker processes (0: one a core), then results/<suite>.json -> the collected rows."""
-    spec, jobs = SUITES[suite], jobs_of(suite, seeds, layers, rows, full)
-    sources = {data_of(*spec.rows[label]): spec.rows[label][0] for label, _, _ in jobs}
-    for data, script in sources.items():
-        prepare(script, data, ",".join(sorted({layer for _, _, layer in jobs}, key=int)), spec.evals, more)
-    command = [sys.executable, __file__, suite, "--worker", "--seeds", seeds, "--layers", layers, "--rows", rows,
-               "--more=" + more] + ["--full"] * full
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, env=env) for _ in range(workers or os.cpu_count() or 1)]
-    try:
-        failed = sum(process.wait() != 0 for process in started)
-    except KeyboardInterrupt:            # the workers got it too: they save their runs and stop
-        failed = sum(process.wait() != 0 for process in started)
+            failed = list(pool.map(lambda job: one(*job, more), jobs.values())).count(False)
+        except KeyboardInterrupt:          # the running ones got it too: they save and stop
+            pool.shutdown(cancel_futures=True)
+            raise SystemExit(130) from None
     if failed:
-        print(f"{failed} worker processes stopped early; the same command goes on where they stopped.")
-    if suite == "lens":
-        paired_tests(more)
-    return collect(suite)
+        print(f"{failed} of {len(jobs)} runs failed or cannot run yet; the same command goes on.")
 
 
-def data_of(script, flags):
-    """The text that a row trains on, as the scripts resolve it on a CPU."""
-    found = re.search(r"--data (\S+)", flags)
-    data = found[1] if found else importlib.import_module(script).Config().data
-    return "bundled" if data == "auto" and common.pick_device().type == "cpu" else data
+# ----------------------------------------------------------------------------------------------
+# Collecting
+# ----------------------------------------------------------------------------------------------
 
 
-def prepare(script, data, layers, evals, more):
-    """Harvest the activations (and the probe texts' states) of all layers in one pass of the language model."""
-    out = RUNS / f"prepare-{data}-{layers.replace(',', '+')}"
-    if all((out / (f"L{layer}" if "," in layers else "") / "eval.json").exists() for layer in layers.split(",")):
-        return                                             # what the cache lost since then, the workers harvest
-    flags = ["--layer", layers, "--steps", "1", "--out", str(out), "--overwrite", "--data", data, *more.split()]
-    status = importlib.import_module(script).main(flags + ["--eval", "probing" if "probing" in evals else "none"])
-    if status:
-        raise SystemExit(status)
+def numbers(folder):
+    """All metrics of a finished run, flat; {} if there is none."""
+    path = folder / "eval.json"
+    found = evals.flatten(common.read_json(path)) if path.exists() else {}
+    return {k: v for k, v in found.items() if type(v) in (int, float)}
 
 
-def paired_tests(more=""):
-    """Each ablation of TemporalLens against the full one with the same seed: paired t-tests of the squared error over
-    held-out sequences (Sec. 5, 6.4) -> paired.json in the ablation's run folder: paired.a_against_b, .t, .p."""
-    import temporal_lens
-    (_, base), *others = SUITES["lens"].rows.items()
-    cache = re.search(r"--cache (\S+)", more)
-    for folder in sorted(run_folder(*base, 0, 0).parent.glob("L*-s*")):
-        layer, seed = folder.name[1:].split("-s")
-        todo = [run_folder(*row, seed, layer) for _, row in others]
-        todo = [f for f in todo if (f / "eval.json").exists() and not (f / "paired.json").exists()]
-        if not todo or not (folder / "eval.json").exists():
-            continue
-
-        def saved(folder):
-            cfg = temporal_lens.Config(**common.read_json(folder / "config.json")["config"])
-            sae = temporal_lens.TemporalLens(common.read_json(folder / "cfg.json")["d_in"], cfg)
-            sae.load_state_dict(common.load_tensors(folder / "sae_weights.safetensors")[0])
-            return cfg, sae.eval()
-        cfg, full = saved(folder)
-        acts = next(common.open_activations(dataclasses.replace(cfg, cache=cache[1] if cache else cfg.cache)))
-        for other in todo:
-            result = temporal_lens.compare(saved(other)[1], full, acts)
-            common.write_json(other / "paired.json", {"paired": result})
+def provenance(command, versions):
+    return {"command": command, "commit": versions["commit"],
+            "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "commit")}
 
 
-def collect(suite):
-    """results/<suite>.json from the run folders -> {"label | layer N": row}; a row has the command, seeds, steps,
-    versions and, per flat metric name ("core.EV"), {seed: value}, mean and deviation. What results/<suite>.json
-    holds of seeds that have no run folder here is kept, as long as the command is the same."""
-    path, table, spec = HERE / "results" / f"{suite}.json", {}, SUITES[suite]
-    kept = common.read_json(path) if path.exists() else {}
-    for label, (script, flags) in spec.rows.items():
-        found = {}
-        for key, row in kept.items():
-            name, layer = key.split(" | layer ")
-            if name == label.rstrip() and row["command"] == f"python {script}.py --layer {layer} {flags}".strip():
-                found[layer] = row
-        folders = run_folder(script, flags, 0, 0).parent.glob("L*-s*")
-        for folder in sorted(folders, key=lambda p: [int(n) for n in p.name[1:].split("-s")]):
-            if lacks(folder, spec.evals) != []:
-                continue
-            config = common.read_json(folder / "config.json")
-            flat = common.flatten(common.read_json(folder / "eval.json"))
-            if (folder / "paired.json").exists():
-                flat.update(common.flatten(common.read_json(folder / "paired.json")))
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            layer, seed = str(config["layer"]), str(config["config"]["seed"])
-            command = f"python {script}.py --layer {layer} {flags}".strip()
-            row = found.setdefault(layer, {"command": command, "steps": {}, "values": {}})
-            row["steps"][seed] = log[-1]["step"] + 1 if log else 0
-            row["versions"] = config["versions"]
-            for values in row["values"].values():       # nothing of an earlier run with this seed stays
-                values.pop(seed, None)
-            for name, value in flat.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    row["values"].setdefault(name, {})[seed] = value
-        for layer in sorted(found, key=int):
-            table[f"{label.rstrip()} | layer {layer}"] = found[layer]
-    for row in table.values():
-        row["values"] = {name: dict(sorted(values.items())) for name, values in row["values"].items() if values}
-        row["seeds"] = sorted(map(int, row["steps"]))
-        row["mean"] = {k: statistics.fmean(v.values()) for k, v in row["values"].items()}
-        row["sd"] = {k: statistics.stdev(v.values()) if len(v) > 1 else None for k, v in row["values"].items()}
-    if table:
-        path.parent.mkdir(exist_ok=True)
-        common.write_json(path, table)
-    return table
-
-
-COLUMNS = {"EV": "core.EV", "L0": "core.L0", "neighbour cosine": "temporal.neighbour_cosine",
-           "total variation": "temporal.total_variation", "dead": "core.dead", "CE score": "core.ce_loss_score",
-           "span": "temporal.span", "probe k=1": "probing.sae_top_1", "probe k=5": "probing.sae_top_5",
-           "early error": "position.no_sink.early_error", "with the sink": "position.sink_fitted.early_error",
-           "weight-error r": "position.weight_difficulty_r", "mean mask": "masks.mean_mask",
-           "r with first draw": "masks.r_with_first_draw", "span by position": "span.median",
-           "error against full": "paired.a_against_b", "routing entropy": "levels.entropy",
-           "seconds": "train_seconds", "score": "unlearning.score", "crossed": "unlearning.crossed_drop",
-           "kept": "unlearning.crossed_kept", "random features": "unlearning.random",
-           "most active": "unlearning.most_active", "eligible features": "unlearning.eligible"}
-
-
-def causal(command):
-    """Whether this row's encoder sees no later token."""
-    script = re.search(r"(\w+)\.py", command)[1]
-    mixes = script == "mtsae" or script == "hierarchical_sae" and "--variant" not in command
-    return not mixes or "causal" in command
-
-
-def show(table, columns=None):
-    """A markdown table: mean ± sd over seeds, `steps` the fewest any seed completed, `seconds` of training the fastest
-    seed's (others may have shared the machine); columns: those with values."""
-    columns = columns or [c for c, name in COLUMNS.items() if any(name in row["mean"] for row in table.values())]
-    lines = ["| row | seeds | steps | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+def collect(table, old, metrics, read=numbers):
+    """{label: Row} -> {"label | layer N": {command, seeds: {seed: provenance}, values: {metric:
+    {seed: value}}}} from the run folders; read: folder -> metrics. What `old` has of the same
+    command and of seeds without a folder here is kept."""
+    out = {}
     for label, row in table.items():
-        cells = []
-        for title in columns:
-            name = COLUMNS.get(title, title)
-            mean, sd = row["mean"].get(name), row["sd"].get(name)
-            digits = 1 if mean is not None and abs(mean) >= 10 else 3
-            if title == "seconds" and mean is not None:
-                mean, sd, digits = min(row["values"][name].values()), None, 0
-            cells.append("" if mean is None else f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}"))
-        label = label.removesuffix(" | layer 19").replace(" | ", ", ").strip()
-        if "core.ce_loss_score" in row["mean"] and "CE score" in columns and not causal(row["command"]):
-            label += " †"
-        lines.append(f"| {label} | {len(row['seeds'])} | {min(row['steps'].values())} | " + " | ".join(cells) + " |")
+        for layer, seed in row.jobs():
+            key, command = f"{label.strip()} | layer {layer}", row.command(layer)
+            kept = old.get(key) if old.get(key, {}).get("command") == command else None
+            entry = out.setdefault(key, kept or {"command": command, "seeds": {}, "values": {}})
+            found = read(row.folder(layer, seed))
+            if found:
+                config = common.read_json(row.folder(layer, seed) / "config.json")
+                entry["seeds"][str(seed)] = provenance(f"{command} --seed {seed}",
+                                                       config["versions"])
+                for metric in metrics:
+                    entry["values"].setdefault(metric, {}).pop(str(seed), None)
+                    if metric in found:
+                        entry["values"][metric][str(seed)] = float(f"{found[metric]:.6g}")
+    for entry in out.values():
+        entry["values"] = {metric: v for metric, v in entry["values"].items() if v}
+    return {key: entry for key, entry in out.items() if entry["values"]}
+
+
+COLUMNS = {
+    "EV": "core.EV", "L0": "core.L0", "CE score": "core.ce_loss_score", "dead": "core.dead",
+    "neighbour cosine": "temporal.neighbour_cosine", "total variation": "temporal.total_variation",
+    "span": "temporal.span", "probe k=1": "probing.sae_top_1", "probe k=5": "probing.sae_top_5",
+    "probe k=20": "probing.sae_top_20", "seconds": "train_seconds", "steps": "steps",
+    "early error": "positions.no_sink.early_error", "mean mask": "positions.mean_mask",
+    "with the sink": "positions.sink_fitted.early_error", "decided": "positions.decided",
+    "weight-error r": "positions.weight_difficulty_r", "span by position": "positions.span",
+    "r with first draw": "positions.r_with_first_draw", "routing entropy": "levels.entropy",
+    "energy on others": "mixing.neighbours", "score": "unlearning.score",
+    "crossed": "unlearning.crossed_drop", "kept": "unlearning.crossed_kept",
+    "random features": "unlearning.random", "eligible features": "unlearning.eligible"}
+
+
+def show(table, columns=()):
+    """A markdown table, mean ± sd over seeds; columns not named: those that have values. Seconds
+    are the fastest seed's, since others may have shared the machine."""
+    there = {metric for row in table.values() for metric in row["values"]}
+    columns = columns or [column for column, metric in COLUMNS.items() if metric in there]
+    lines = ["| row | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for label, row in table.items():
+        cells = [label.removesuffix(" | layer 19").replace(" | ", ", "), str(len(row["seeds"]))]
+        for column in columns:
+            values = list(row["values"].get(COLUMNS[column], {}).values())
+            values = [min(values)] if values and column == "seconds" else values
+            digits = 1 if values and abs(statistics.fmean(values)) >= 10 else 3
+            cells.append(" ± ".join(f"{value:.{digits}f}" for value in mean_sd(values)))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def fill_readme(text):
-    """Replace what stands between `<!-- table SUITE: columns -->` and `<!-- end -->` by results/SUITE.json."""
-    def table(match):
-        path = HERE / "results" / f"{match[1]}.json"
-        columns = [column.strip() for column in match[2].split(",")]
-        body = show(json.loads(path.read_text()), columns) if path.exists() else "not run"
-        return f"<!-- table {match[1]}: {match[2]} -->\n{body}\n<!-- end -->"
-    return re.sub(r"<!-- table (\w+): (.*?) -->\n.*?<!-- end -->", table, text, flags=re.S)
+def mean_sd(values):
+    """[mean, standard deviation], as far as there are values for them."""
+    functions = (statistics.fmean, statistics.stdev)[:len(values)]
+    return [function(values) for function in functions]
 
 
-def figures(table, folder):
-    """compare.png: explained variance against L0, and smoothness against explained variance, layer 19."""
-    plt = common.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
-    colours = dict(zip(METHODS, ("black", "tab:blue", "tab:cyan", "tab:orange", "tab:red", "tab:green", "tab:purple")))
-    marks = {"TopK 16": "v", "TopK 64": "o", "TopK 256": "^", "paper's ReLU": "s"}
-    for label, row in table.items():
-        label, layer = label.split(" | layer ")
-        name, kind = label.rsplit(", ", 1)
-        if layer != "19":
-            continue
-        for axis, x, y in ((axes[0], "core.L0", "core.EV"), (axes[1], "core.EV", "temporal.neighbour_cosine")):
-            error = {f"{k}err": [row["sd"].get(v) or 0.0] for k, v in (("x", x), ("y", y))}
-            axis.errorbar(row["mean"][x], row["mean"][y], **error, color=colours[name], marker=marks[kind],
-                          markersize=7, linestyle="", alpha=0.85)
-    for axis, shown in ((axes[0], {n: (c, "o") for n, c in colours.items()}),
-                        (axes[1], {n: ("grey", m) for n, m in marks.items()})):
-        for name, (colour, mark) in shown.items():
-            axis.plot([], [], color=colour, marker=mark, linestyle="", label=name)
-        axis.legend(fontsize=9)
-    axes[0].set(xscale="log", xlabel="L0 (active features a token)", ylabel="explained variance (held-out)",
-                title="Reconstruction at a given sparsity")
-    axes[1].set(xlabel="explained variance (held-out)", ylabel="cosine of neighbouring codes",
-                title="Smoothness at a given reconstruction")
-    axes[0].set_xticks([16, 64, 256, 512], [16, 64, 256, 512])
-    axes[0].minorticks_off()
-    for axis in axes:
+def fill(pattern, body):
+    """In README.md, docs/ and benchmarks/README.md: what stands between a line `<!-- pattern -->`
+    and `<!-- end -->` becomes body(match)."""
+    for page in (HERE / "README.md", HERE / "benchmarks/README.md", *HERE.glob("docs/*.md")):
+        before = page.read_text()
+        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- end -->)",
+                       lambda m: f"{m[1]}{body(m)}\n", before)
+        if after != before:
+            common.write_atomic(page, after)
+
+
+def table_of(match):
+    """`<!-- table SUITE: rows (an expression): columns -->` -> the recorded rows."""
+    table = {key: row for key, row in recorded(match[2]).items()
+             if re.match(rf"({match[3]}) \|", key)}
+    return show(table, match[4].split(", ")) if table else "not run"
+
+
+def recorded(suite):
+    """The rows of results/<suite>.json, without those of an older format."""
+    path = RESULTS / f"{suite}.json"
+    table = common.read_json(path) if path.exists() else {}
+    return {key: row for key, row in table.get("runs", table).items()
+            if isinstance(row, dict) and isinstance(row.get("seeds"), dict)}
+
+
+def draw(table, path):
+    """L0 against EV and against the CE score at layer 19: one line a method through its means, a
+    dot a seed; hollow: trained on shuffled tokens."""
+    from evals import figures
+    figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
+    for axis, title in zip(axes, ("EV", "CE score")):
+        for number, name in enumerate(METHODS):
+            line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
+            for label, row in table.items():
+                found = re.fullmatch(rf"{name}(, shuffled)?, TopK \d+ \| layer 19", label)
+                if found and COLUMNS[title] in row["values"]:
+                    x, y = (list(row["values"][COLUMNS[c]].values()) for c in ("L0", title))
+                    axis.plot(x, y, "o", color=color, markerfacecolor="none" if found[1] else color)
+                    line += [] if found[1] else [(statistics.fmean(x), statistics.fmean(y))]
+            if line:
+                axis.plot(*zip(*sorted(line)), dashes, label=name, color=color)
+        axis.set(xscale="log", xlabel="L0 (active features a token)", ylabel=title,
+                 title="a dot a seed; hollow: trained on shuffled tokens")
+        axis.set_xticks([16, 64, 256], [16, 64, 256])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "compare.png", dpi=80)
-    plt.close(figure)
+    axes[1].legend(fontsize=8)
+    figures.save(figure, path, 90)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=[*SUITES, "readme"], help="a suite, or readme: fill the README's tables")
-    parser.add_argument("--seeds", default="", help="such as 42,43 (default: the suite's)")
-    parser.add_argument("--layers", default="", help="such as 5,12,19 (default: the suite's)")
-    parser.add_argument("--rows", default="", help="only rows whose label matches this regular expression")
-    parser.add_argument("--full", action="store_true", help="every seed and row at every layer")
-    parser.add_argument("--workers", type=int, default=0, help="processes (0: one a core)")
-    parser.add_argument("--more", default="", help="flags for every run that change no result, such as '--cache DIR'")
-    parser.add_argument("--table", action="store_true", help="run nothing: collect and print")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.suite == "readme":
-        readme = HERE / "README.md"
-        readme.write_text(fill_readme(readme.read_text()))
-        return
-    chosen = dict(seeds=args.seeds, layers=args.layers, rows=args.rows, full=args.full)
-    if args.worker:
-        torch.set_num_threads(1)
-        for label, seed, layer in jobs_of(args.suite, **chosen):
-            one(*SUITES[args.suite].rows[label], seed, layer, SUITES[args.suite].evals, args.more)
-        return
-    table = collect(args.suite) if args.table else run_suite(args.suite, **chosen, more=args.more, workers=args.workers)
-    print(show(table))
-    if args.suite == "compare" and table:
-        figures(table, HERE / "results")
+def arguments(parser):
+    """Flags that claims.py has too."""
+    parser.add_argument("--table", action="store_true", help="run nothing: collect and write")
+    parser.add_argument("--list", action="store_true", help="the commands, and what is done")
+    parser.add_argument("--workers", type=int, default=0, help="runs at a time (0: one a core)")
+    parser.add_argument("--more", default="",
+                        help="flags for every run that change no result, such as '--cache DIR'")
+
+
+def listing(table):
+    for label, row in table.items():
+        for layer, seed in row.jobs():
+            seconds = numbers(row.folder(layer, seed)).get("train_seconds")
+            state = "not run" if seconds is None else f"{seconds:.0f} s"
+            print(f"{state:>8}  {label.strip()}: {row.command(layer)} --seed {seed}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=[*SUITES, "tables"])
+    parser.add_argument("--seeds", default="", help="such as 42,43 [the suite's]")
+    parser.add_argument("--rows", default="", help="rows whose label matches this expression")
+    arguments(parser)
+    args = parser.parse_args(argv)
+    if args.suite == "tables":
+        fill(r"table (\w+): (.+): (.+)", table_of)
+        return fill(r"speed (\w+)", lambda m: throughput.markdown(common.read_json(
+            RESULTS / f"{m[2]}.json")) if (RESULTS / f"{m[2]}.json").exists() else "not run")
+    seeds = tuple(map(int, filter(None, args.seeds.split(","))))
+    chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
+              for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
+    if args.list:
+        return listing(chosen)
+    if not args.table:
+        run(list(chosen.values()), args.more, args.workers)
+    table = collect(SUITES[args.suite], recorded(args.suite), COLUMNS.values())
+    if table:
+        common.write_json(RESULTS / f"{args.suite}.json", table)
+        print(show(table))
+        if args.suite == "compare":
+            draw(table, RESULTS / "compare.png")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

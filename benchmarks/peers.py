@@ -1,40 +1,27 @@
-"""One training step here against the same step in other SAE libraries: same tokens, same machine, taken in turn.
+"""One training step here against the same step in other SAE libraries: same tokens, taken in turn.
 
     pip install torch==2.13.0 sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
-    pip uninstall torchvision        # only with a CPU build of torch: the one that nnsight brings does not fit it
-    python benchmarks/peers.py [--repeats 3] [--expansions 1,4,16] [--dtypes float32,bfloat16]
-    python benchmarks/peers.py readme              # fill benchmarks/README.md from results/peers.json
+    pip uninstall torchvision        # only with a CPU build of torch: nnsight's does not fit it
+    python benchmarks/peers.py             -> results/peers.json (experiments.py tables: the page)
 
-Work: 2048 tokens a step, always the same random activations (throughput.RandomActivations), D = 576, F = 1, 4 and 16 D;
-ReLU + L1 and TopK with k = 32; fp32, and bf16 autocast with fp32 weights. Each library runs its own code with its
-own defaults; nothing of it is copied or replaced. A step is what passes from one request for a batch to the next, the
-first one of each case left out. What that includes (read in the versions 6.54, 0.1.0 and 1.3.3):
+2048 random tokens a step, D = 576, F = D, 4 D and 16 D; ReLU + L1 and TopK 32; fp32, and bf16
+autocast over fp32 weights. Each library runs its own code with its own defaults. A step is what
+passes from one request for a batch to the next, the first left out. Read in these versions:
 
-ours                 tsae.train's loop body, standard SAE (--no-temporal): AdamW (fused), learning-rate warm-up, decoder
-                     gradient projected, gradient norm clipped at 2, decoder rows renormalised, active features
-                     counted. No dead-feature counts, no auxiliary loss, no progress bar (throughput.Stopwatch).
-SAELens              SAETrainer.fit, StandardTrainingSAE (L1 times decoder norms) and TopKTrainingSAE (rescaled by
-                     decoder norms; use_sparse_activations off, which is the default; on, it fails on a CPU). Adam,
-                     norm clipped at 1, dead-feature and frequency counts, learning-rate scheduler, progress
-                     bar. No projection, no renormalisation. bf16: its `autocast`, around the forward pass.
-dictionary_learning  StandardTrainer.update and TopKTrainer.update. Both: Adam, gradient projected, decoder
-                     renormalised, learning-rate scheduler. Standard: no clipping, no dead-feature counts. TopK: norm
-                     clipped at 1, tokens since each feature fired, loss.item(). bf16: the batch in bf16 and
-                     torch.autocast around update, as trainSAE has it on a GPU; on a CPU trainSAE leaves the
-                     autocast out, so its own bf16 is fp32 work there.
-sparsify             Trainer.fit, SparseCoder with TopK; a module that returns the batch stands in for the language
-                     model. Sign descent with schedule-free momentum (its default; not Adam), gradient projected,
-                     decoder renormalised, encoder gradient and decoder by index, fired features, masked copies of
-                     the batch, the loss read each step, progress bar. No clipping. No ReLU SAE. Its autocast is
-                     for CUDA only and always on there. Without a GPU its Triton decoder must be switched off,
-                     which this program does (SPARSIFY_DISABLE_TRITON=1).
+ours                 tsae.train, standard SAE: fused AdamW, warm-up, gradient projected, decoder
+                     renormalised, active features counted. No dead-feature counts, no bar.
+SAELens              SAETrainer.fit: L1 times decoder norms, TopK rescaled by them. Adam, clipping,
+                     dead-feature counts, scheduler, bar. No projection, no renormalisation.
+dictionary_learning  trainer.update: Adam, projection, renormalisation, scheduler; TopK also clips
+                     and counts. bf16 by torch.autocast around update, as trainSAE has it on a GPU.
+sparsify             Trainer.fit on a module that returns the batch: schedule-free sign descent,
+                     projection, renormalisation, encoder gradient and decoder by index, bar. No
+                     ReLU SAE; bf16 on CUDA only; its Triton decoder is off without a GPU.
 
-No feature counts as dead so early, so no auxiliary loss for dead features runs (SAELens and dictionary_learning have
-one in TopK). Each library runs in a process of its own, started in turn --repeats times, in another order each time,
-with torch's default number of threads. Our scripts set two things for the whole process: freed memory is kept
-(common.keep_freed_memory), and fp32 products go through TF32 on a GPU and oneDNN on a CPU (common.fast_products). The
-others do not (sparsify's fit asks for TF32 too), so "ours (plain process)" is our step without both. The floor is
-throughput.floor, five torch.mm, in the process of "ours". A library that is not installed is one row that says so.
+No feature counts as dead so early, so no auxiliary loss runs. Each library has a process of its
+own, started in turn, with torch's default threads. Our scripts set two things for the whole process
+(common.fast_process); "ours (plain process)" is our step without them, like with like. A library
+that is not installed is a row that says so.
 """
 import argparse
 import contextlib
@@ -42,9 +29,7 @@ import importlib.metadata
 import io
 import itertools
 import json
-import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -54,30 +39,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE / "benchmarks"))
+import common
+
 import torch
 
-import common
-import throughput
+from benchmarks import throughput
+from benchmarks.throughput import LENGTH, SEQUENCES, TOKENS
 
-ACTIVATIONS = {"ReLU": dict(activation="relu"), "TopK 32": throughput.TOPK}
-K = throughput.TOPK["k"]
-SEQUENCES, LENGTH = throughput.SEQUENCES, throughput.TOKENS // throughput.SEQUENCES
-LONG = 10_000        # steps of the run that a step belongs to: schedules need a length; none of it is reached
+K = 32
+ACTIVATIONS = {"ReLU": dict(activation="relu"), "TopK 32": dict(activation="topk", k=K)}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drivers: (activation, D, F, dtype, steps) -> seconds of each of `steps` training steps after the first
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# Drivers: (activation, D, F, dtype, steps) -> seconds of each step after the first
+# ----------------------------------------------------------------------------------------------
 
 
-def batch(D, dtype):
-    """The random activations of every step: (2048, D) fp32, on the device."""
-    return throughput.RandomActivations(D, 1, dtype).x.flatten(0, 1)
-
-
-def clock(x, seconds):
-    """Yield x for ever; each time another is asked for, `seconds` gets the time since the last one was handed out."""
+def clock(D, dtype, seconds):
+    """The same batch (2048, D) fp32 for ever; `seconds` gets the time from one to the next."""
+    x = throughput.RandomActivations(D, 1, dtype).x.flatten(0, 1)
     while True:
         throughput.sync()
         start = time.perf_counter()
@@ -86,254 +65,173 @@ def clock(x, seconds):
         seconds.append(time.perf_counter() - start)
 
 
-def ours(activation, D, n_features, dtype, steps):
-    """tsae.train, standard SAE."""
-    values = dict(ACTIVATIONS[activation], temporal=False, expansion=n_features // D)
-    return throughput.step_seconds("tsae", values, D, dtype, steps + 1, skip=1)
+def ours(activation, D, width, dtype, steps):
+    fields = {**ACTIVATIONS[activation], "temporal": False, "expansion": width // D}
+    return throughput.step_seconds("tsae", fields, D, dtype, steps + 1)
 
 
-def saelens(activation, D, n_features, dtype, steps):
-    """SAELens: SAETrainer.fit over the clock, defaults but for sizes and k."""
-    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+def saelens(activation, D, width, dtype, steps):
+    import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
-    device, seconds = str(common.pick_device()), []
-    sizes = dict(d_in=D, d_sae=n_features, device=device)
-    if activation == "ReLU":
-        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**sizes))
-    else:
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=K, **sizes))
-    # fit asks for a batch a step; the last step, and the first, are not among `steps`
-    cfg = SAETrainerConfig(total_training_samples=(steps + 2) * throughput.TOKENS, lr_end=3e-4, device=device,
-                           train_batch_size_samples=throughput.TOKENS, autocast=dtype == torch.bfloat16)
-    SAETrainer(cfg, sae, clock(batch(D, dtype), seconds)).fit()
+    kind, more = ("Standard", {}) if activation == "ReLU" else ("TopK", {"k": K})
+    sizes, seconds = dict(d_in=D, d_sae=width, device=str(common.pick_device())), []
+    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(**sizes, **more)
+    trainer = SAETrainerConfig(                            # neither first nor last step is measured
+        total_training_samples=(steps + 2) * TOKENS, train_batch_size_samples=TOKENS, lr_end=3e-4,
+        device=sizes["device"], autocast=dtype == torch.bfloat16)
+    SAETrainer(trainer, getattr(sae_lens, f"{kind}TrainingSAE")(cfg),
+               clock(D, dtype, seconds)).fit()
     return seconds[1:]
 
 
-def dictionary_learning(activation, D, n_features, dtype, steps):
-    """dictionary_learning: the trainer's update in trainSAE's loop, defaults but for sizes and k."""
+def dictionary_learning(activation, D, width, dtype, steps):
     from dictionary_learning.trainers import StandardTrainer, TopKTrainer
-    device, seconds = common.pick_device(), []
-    values = dict(steps=LONG, activation_dim=D, dict_size=n_features, layer=0, lm_name="none", device=str(device))
-    trainer = StandardTrainer(**values) if activation == "ReLU" else TopKTrainer(k=K, **values)
-    autocast = throughput.RandomActivations(D, 1, dtype).autocast
-    for step, x in zip(range(steps + 2), clock(batch(D, dtype), seconds)):
+    Trainer, more = (StandardTrainer, {}) if activation == "ReLU" else (TopKTrainer, {"k": K})
+    trainer = Trainer(steps=10_000, activation_dim=D, dict_size=width, layer=0, lm_name="none",
+                      device=str(common.pick_device()), **more)      # steps: for its schedules
+    autocast, seconds = throughput.RandomActivations(D, 1, dtype).autocast, []
+    for step, x in zip(range(steps + 2), clock(D, dtype, seconds)):
         with autocast():
             trainer.update(step, x.to(dtype))
     return seconds[1:]
 
 
 class FixedModel(torch.nn.Module):
-    """What sparsify's Trainer asks of a language model; the output of its only block is the next of `batches`."""
+    """What sparsify asks of a language model; its only block gives the next batch."""
     base_model = property(lambda self: self)
-    dummy_inputs = property(lambda self: {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.device)})
+    dummy_inputs = property(lambda self: {"input_ids": torch.zeros(1, 1, dtype=torch.long,
+                                                                   device=self.device)})
 
-    def __init__(self, batches, device):
+    def __init__(self, batches):
         super().__init__()
-        self.block, self.batches, self.device = torch.nn.Identity(), batches, device
+        self.block, self.batches, self.device = torch.nn.Identity(), batches, common.pick_device()
 
     def forward(self, input_ids):
         return self.block(next(self.batches).unflatten(0, (SEQUENCES, LENGTH)))
 
 
-def sparsify(activation, D, n_features, dtype, steps):
-    """sparsify: Trainer.fit on a model that returns the batch, defaults but for sizes and k."""
+def sparsify(activation, D, width, dtype, steps):
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
-    x, seconds = batch(D, dtype), []
-    model = FixedModel(itertools.chain([x], clock(x, seconds)), common.pick_device())    # the first: to learn D
+    seconds = []
+    first = itertools.islice(clock(D, dtype, []), 1)       # asked for to learn D
+    model = FixedModel(itertools.chain(first, clock(D, dtype, seconds)))
     data = [{"input_ids": torch.zeros(LENGTH, dtype=torch.long)}] * (SEQUENCES * (steps + 2))
-    with tempfile.TemporaryDirectory() as here:                                          # it saves what it trained
-        Trainer(TrainConfig(SparseCoderConfig(num_latents=n_features, k=K), batch_size=SEQUENCES, hookpoints=["block"],
-                            log_to_wandb=False, save_dir=here), data, model).fit()
+    with tempfile.TemporaryDirectory() as here:            # it saves what it trained
+        Trainer(TrainConfig(SparseCoderConfig(num_latents=width, k=K), batch_size=SEQUENCES,
+                            hookpoints=["block"], log_to_wandb=False, save_dir=here),
+                data, model).fit()
     return seconds[1:]
 
 
-LIBRARIES = {  # name: (package, driver, whether the process has our scripts' settings)
-    "ours": ("", ours, True),
-    "ours (plain process)": ("", ours, False),
-    "SAELens": ("sae-lens", saelens, False),
-    "dictionary_learning": ("dictionary-learning", dictionary_learning, False),
-    "sparsify": ("eai-sparsify", sparsify, False),
-}
+LIBRARIES = {  # name: (package, driver)
+    "ours": ("", ours), "ours (plain process)": ("", ours), "SAELens": ("sae-lens", saelens),
+    "dictionary_learning": ("dictionary-learning", dictionary_learning),
+    "sparsify": ("eai-sparsify", sparsify)}
 
 
-def refusal(library, activation, dtype, device):
+def refusal(library, activation, dtype):
     """Why a library has no such case; "" where it has."""
-    if library != "sparsify":
-        return ""
-    if activation == "ReLU":
-        return "no ReLU SAE"
-    always = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if always == (dtype == torch.bfloat16):
-        return ""
-    return "always bf16 autocast on this GPU" if always else "bf16 autocast on CUDA only"
+    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()    # always autocast then
+    return "" if library != "sparsify" else "no ReLU SAE" if activation == "ReLU" else (
+        f"bf16 {'always' if cuda else 'on CUDA only'}" if cuda != (dtype == torch.bfloat16) else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring: one process a library and repeat
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def steps_at(width, widths, steps):
-    """Steps measured at one width: `steps` at the widest, three times as many at those 3 and more times narrower."""
-    return steps * min(3, max(widths) // width)
+# ----------------------------------------------------------------------------------------------
+# One process a library and repeat
+# ----------------------------------------------------------------------------------------------
 
 
 def one(library, args):
-    """Every case of one library in this process -> {rows: [{activation, dtype, F, seconds or reason}], floors}."""
-    _, driver, settings = LIBRARIES[library]
-    if settings:                                           # as every script of ours does
-        common.keep_freed_memory()
-        common.fast_products(common.pick_device())
-    widths, rows, floors = [int(e) * args.D for e in args.expansions.split(",")], [], []
-    for activation, name in itertools.product(ACTIVATIONS, args.dtypes.split(",")):
-        dtype, case = getattr(torch, name), {"activation": activation, "dtype": name}
-        reason = refusal(library, activation, dtype, common.pick_device())
-        if reason:
-            rows.append({**case, "F": None, "reason": reason})
-            continue
-        for width in widths:
-            try:
-                seconds = driver(activation, args.D, width, dtype, steps_at(width, widths, args.steps))
-                rows.append({**case, "F": width, "seconds": seconds})
-            except Exception as error:                     # theirs: said in the table, the other cases go on
-                if not LIBRARIES[library][0]:
-                    raise
-                rows.append({**case, "F": width, "reason": brief(f"{type(error).__name__}: {error}")})
-            if settings:
-                floors.append({"dtype": name, "F": width, "seconds": throughput.floor(args.D, width, dtype, 2)})
-    return {"rows": rows, "floors": floors}
-
-
-def brief(text):
-    """The first line of an error, short enough for a table."""
-    return (text.strip().splitlines() or ["no message"])[0].replace("|", "/")[:90]
-
-
-def version(package):
-    """Version of an installed package, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Every case of a library in this process -> [{activation, dtype, F, seconds or reason}]."""
+    rows, widths = [], [int(e) * args.D for e in args.expansions.split(",")]
+    if library == "ours":
+        common.fast_process(common.pick_device())
+    for activation, name, width in itertools.product(ACTIVATIONS, args.dtypes.split(","), widths):
+        dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": width}
+        row["reason"] = refusal(library, activation, dtype)
+        steps = args.steps * min(3, max(widths) // width)  # narrow ones are short: three times
+        try:
+            if not row["reason"]:
+                row["seconds"] = LIBRARIES[library][1](activation, args.D, width, dtype, steps)
+        except Exception as error:                         # theirs: a row says it, the others go on
+            if not LIBRARIES[library][0]:
+                raise
+            row["reason"] = common.one_line(f"{type(error).__name__}: {error}", 90)
+        if library == "ours":
+            row["floor"] = throughput.floor(args.D, width, dtype, 2)
+        rows.append(row)
+    return rows
 
 
 def start(library, args):
-    """`one` in a fresh process of the same Python; a process that fails is a row with the last line of its errors."""
+    """`one` in a new process; a failed one is a row with the last line of its errors."""
     command = [sys.executable, __file__, "one", "--library", library]
-    for name in ("D", "steps", "expansions", "dtypes"):
-        command += [f"--{name}", str(getattr(args, name))]
+    command += [f"--{k}={getattr(args, k)}" for k in ("D", "steps", "expansions", "dtypes")]
     env = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
         env["SPARSIFY_DISABLE_TRITON"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if not LIBRARIES[library][0]:
-        raise SystemExit(f"{library}: {done.stderr}")
-    return {"rows": [{"activation": "", "dtype": "", "F": None,
-                      "reason": brief((done.stderr.strip().splitlines() or ["stopped"])[-1])}], "floors": []}
+    return [{"activation": "", "dtype": "", "F": 0, "reason": done.stderr.strip()[-90:]}]
 
 
 def measure(args):
-    """Everything in the docstring -> the table for results/peers.json. seconds_per_token: median over all steps of
-    all repeats; ours/this: how many times as fast as the row's library ours is, plain/this: ours in a plain process;
-    floor/step as in throughput.py."""
-    names = [name for name in LIBRARIES if not args.libraries or name in args.libraries.split(",")]
-    packages = {package: version(package) for package, _, _ in map(LIBRARIES.get, names) if package}
-    here = [name for name in names if packages.get(LIBRARIES[name][0], True)]
-    seconds, floors, reasons = {}, {}, {}
+    """Medians over all steps of all repeats. ours/this: how many times as fast our step is;
+    plain/this: in a plain process; floor/step as in throughput.py."""
+    packages, found, rows = {}, {}, []
+    names = [name for name in LIBRARIES if name in args.libraries.split(",") or not args.libraries]
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package = LIBRARIES[name][0]
+            packages[name] = importlib.metadata.version(package) if package else "this checkout"
     for repeat in range(args.repeats):
-        for name in here[repeat % len(here):] + here[:repeat % len(here)] if here else []:
-            found = start(name, args)
-            for row in found["rows"]:
-                key = row["activation"], row["dtype"], row["F"], name
-                seconds.setdefault(key, []).extend(row.get("seconds", []))
-                reasons.setdefault(key, row.get("reason"))
-            for row in found["floors"]:
-                floors.setdefault((row["dtype"], row["F"]), []).append(row["seconds"])
-        print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr, flush=True)
-    table = {"device": str(common.pick_device()), "D": args.D, "tokens": throughput.TOKENS, "repeats": args.repeats,
-             "versions": common.versions(), "packages": packages, "rows": []}
-    order = {name: place for place, name in enumerate([*ACTIVATIONS, *args.dtypes.split(","), *LIBRARIES])}
-    for key in sorted(seconds, key=lambda k: [order.get(k[0], 0), order.get(k[1], 0), k[2] or math.inf, order[k[3]]]):
-        activation, dtype, width, name = key
-        row = {"library": name, "activation": activation, "dtype": dtype, "F": width}
-        if seconds[key]:
-            value = statistics.median(seconds[key])
-            mine, plain = (seconds.get((*key[:3], ours)) for ours in ("ours", "ours (plain process)"))
-            row |= {"seconds_per_token": value / throughput.TOKENS, "fastest": min(seconds[key]) / throughput.TOKENS,
-                    "slowest": max(seconds[key]) / throughput.TOKENS, "steps": len(seconds[key]),
-                    "ours/this": value / statistics.median(mine) if mine else None,
-                    "plain/this": value / statistics.median(plain) if plain else None,
-                    "floor/step": statistics.median(floors[key[1:3]]) / value if key[1:3] in floors else None}
-        else:
-            row["reason"] = reasons[key]
-        table["rows"].append(row)
-    table["rows"] += [{"library": name, "activation": "", "dtype": "", "F": None, "reason": "not installed"}
-                      for name in names if name not in here]
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Table
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def markdown(table):
-    """The table of benchmarks/README.md; "not run" without one. Numbers in thousand tokens a second."""
-    if table is None:
-        return "not run"
-    lines = ["| activation | dtype | F | library | thousand tokens/s (slowest to fastest step) | ours (plain process) "
-             "/ this | ours / this | floor / step |", "|---|---|---|---|---|---|---|---|"]
-    for row in table["rows"]:
-        head = f"| {row['activation']} | {row['dtype']} | {row['F'] or ''} | {row['library']} | "
-        if "reason" in row:
-            lines.append(head + f"{row['reason']} | | | |")
-            continue
-        rate, low, high = (f"{1e-3 / row[name]:,.1f}" for name in ("seconds_per_token", "slowest", "fastest"))
-        ratios = (f"{row[name]:.2f}" if row.get(name) else "" for name in ("plain/this", "ours/this", "floor/step"))
-        lines.append(head + f"{rate} ({low} to {high}) | {' | '.join(ratios)} |")
-    found = ", ".join(f"{name} {number or 'not installed'}" for name, number in table["packages"].items())
-    lines.append(f"\nMedians over {table['repeats']} interleaved process(es) a library. Device: {table['device']}; "
-                 f"{table['versions']['cpu']}; torch {table['versions']['torch']}; {found}; D = {table['D']}; commit "
-                 f"{table['versions']['commit']}." + (" CUDA: not run." if table["device"] == "cpu" else ""))
-    return "\n".join(lines)
-
-
-def fill_readme(text, table):
-    """Replace what stands between `<!-- peers -->` and `<!-- end -->`."""
-    return re.sub(r"<!-- peers -->\n.*?<!-- end -->", lambda _: f"<!-- peers -->\n{markdown(table)}\n<!-- end -->",
-                  text, flags=re.S)
+        for name in list(packages)[repeat:] + list(packages)[:repeat]:
+            for row in start(name, args):
+                case = found.setdefault((row["activation"], row["dtype"], row["F"]), {})
+                case.setdefault(name, []).extend(row.get("seconds", ()))
+                case.setdefault("floor", []).extend([row["floor"]] if "floor" in row else [])
+                case.setdefault("reasons", {})[name] = row["reason"]
+    for (activation, dtype, width), case in sorted(found.items()):
+        median = {name: statistics.median(v) for name, v in case.items() if v and name != "reasons"}
+        for name, reason in case["reasons"].items():
+            row = {"activation": activation, "dtype": dtype, "F": width, "library": name}
+            if name in median:
+                row |= {"thousand tokens/s": TOKENS / median[name] / 1e3,
+                        "slowest": TOKENS / max(case[name]) / 1e3,
+                        "fastest": TOKENS / min(case[name]) / 1e3,
+                        **{label: median[name] / median[other] for label, other in (
+                            ("plain/this", "ours (plain process)"), ("ours/this", "ours"))
+                           if other in median}}
+                row["floor/step"] = median["floor"] / median[name] if "floor" in median else None
+            rows.append({**row, "reason": reason})
+    rows += [{"library": name, "reason": "not installed"} for name in names if name not in packages]
+    return {"rows": rows, "D": args.D, "repeats": args.repeats, "packages": packages,
+            "device": str(common.pick_device()), "versions": common.versions()}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("measure", "readme", "one"), default="measure",
-                        help="one: one library in this process, json on the last line (what measure starts)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("measure", "one"), default="measure",
+                        help="one: one library in this process, json on the last line")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps at the widest F; more at narrower ones")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps at the widest F")
     parser.add_argument("--expansions", default="1,4,16", help="F / D")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--libraries", default="", help=f"only these of {', '.join(LIBRARIES)} (comma)")
+    parser.add_argument("--libraries", default="", help=f"of {', '.join(LIBRARIES)} [all]")
     parser.add_argument("--library", default="ours", choices=LIBRARIES, help="for one")
     parser.add_argument("--D", type=int, default=576)
-    parser.add_argument("--out", default=str(HERE / "results"), help="folder of peers.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of peers.json")
     args = parser.parse_args(argv)
     if args.what == "one":
-        with contextlib.redirect_stdout(io.StringIO()):     # the libraries print; the result is the only line
-            found = one(args.library, args)
-        print(json.dumps(found))
-        return 0
-    path = Path(args.out) / "peers.json"
-    if args.what == "readme":
-        readme = HERE / "benchmarks" / "README.md"
-        readme.write_text(fill_readme(readme.read_text(), json.loads(path.read_text()) if path.exists() else None))
-        return 0
+        with contextlib.redirect_stdout(io.StringIO()):    # the libraries print
+            rows = one(args.library, args)
+        return print(json.dumps(rows))
     table = measure(args)
-    print(markdown(table))
-    common.write_json(path, table)
-    return 0
+    common.write_json(args.out / "peers.json", table)
+    print(throughput.markdown(table))
 
 
 if __name__ == "__main__":

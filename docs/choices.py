@@ -1,40 +1,45 @@
-"""docs/choices.md, written from the scripts' docstrings: what the papers leave open, and how it is settled.
+"""docs/choices.md: what the papers leave open, collected from the lines of code that settle it.
 
-    python docs/choices.py
+    python docs/choices.py            write the page
+    python docs/choices.py --check    write nothing; exit status 1 if the page is out of date
 """
-import ast
 import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"tsae": "C", "temporal_lens": "E", "mtsae": "A and D", "hierarchical_sae": "B"}
+FILES = ("tsae.py", "temporal_lens.py", "evals/positions.py", "mtsae.py", "hierarchical_sae.py")
+SECTIONS = {"C": "Paper C", "E": "Paper E", "A": "Paper A", "D": "Paper D", "B": "Paper B",
+            "S": "All papers"}
+HEAD = """# What the papers leave open, and how it is settled
 
-
-def entries(script):
-    """The declared choices of a script -> [(kind, id, text, flags)], in the order of its docstring."""
-    source = (HERE.parent / f"{script}.py").read_text()
-    found = re.findall(r"^    (AMBIGUOUS|UNSPECIFIED|DEVIATION) ([AUD]\d+) +(.*?)(?=^    [A-Z]{6,} [AUD]\d|^\s*$)",
-                       ast.get_docstring(ast.parse(source), clean=False), flags=re.M | re.S)
-    rows = []
-    for kind, name, text in found:
-        text = " ".join(text.split()).replace("|", "/").replace("*", "")
-        rows.append((kind, name, text, list(dict.fromkeys(re.findall(r"--[a-z][a-z_-]*", text)))))
-    return rows
+Written by `python docs/choices.py` from the comments at the lines that settle each point: the paper
+/ here / why / the flag for another reading. To go there: `grep -n "open C.norm" *.py evals/*.py`"""
 
 
 def page():
-    """The whole page."""
-    lines = ["# What the papers leave open, and how it is settled", "",
-             "Written by `python docs/choices.py` from the docstrings of the scripts, where each id is repeated at the",
-             "line that settles it: `grep -n 'AMBIGUOUS A3' tsae.py`. AMBIGUOUS: the paper can be read in two ways (or",
-             "contradicts itself); UNSPECIFIED: it says nothing; DEVIATION: it says something else than the code does."]
-    for script, paper in SCRIPTS.items():
-        lines += ["", f"## {script}.py ({'papers' if 'and' in paper else 'paper'} {paper})", "",
-                  "| id | kind | what is open, and what the code does | flag |", "|---|---|---|---|"]
-        lines += [f"| {name} | {kind.lower()} | {text} | {', '.join(f'`{flag}`' for flag in flags)} |"
-                  for kind, name, text, flags in entries(script)]
+    """The page: of each point its question (docstring), its argument (comment) and its flags."""
+    rows = {}                                              # (id, question, argument, flags): files
+    for file in FILES:
+        _, doc, body = (HERE.parent / file).read_text().replace("|", "\\|").split('"""', 2)
+        index = dict(re.findall(r"^ +open ([A-ES]\.\w+) +(.+)", doc, re.M))
+        for name, text in re.findall(r"^ *# open ([A-ES]\.\w+): (.*(?:\n *#   .*)*)", body, re.M):
+            text = re.sub(r"\s+(#\s+)?", " ", text)
+            flags = dict.fromkeys(re.findall(r"--[a-z][\w-]*", f"{index[name]} {text}"))
+            flags = ", ".join(f"`{flag}`" for flag in flags)
+            text = re.sub(r" /( --[\w-]+,?)+$", "", text)  # flags alone have a column of their own
+            row = name, re.split(r"  |; --", index[name])[0], text, flags
+            rows.setdefault(row, []).append(file)
+    lines = [HEAD]
+    for letter, title in SECTIONS.items():
+        lines += [f"\n## {title}\n", "| id | open | settled | flag | in |", "|---" * 5 + "|"]
+        lines += ["| " + " | ".join((*row, ", ".join(files))) + " |"
+                  for row, files in sorted(rows.items(), key=lambda item: item[0][0])
+                  if row[0][0] == letter]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit((HERE / "choices.md").read_text() != page() and "docs/choices.md is out of date")
     (HERE / "choices.md").write_text(page())

@@ -1,0 +1,128 @@
+"""Write a finished run's SAE as a folder that SAELens or dictionary_learning loads.
+
+    python -m evals.export RUN saelens                  -> RUN/export-saelens
+    python -m evals.export RUN dictionary_learning      -> RUN/export-dictionary_learning
+
+Both formats hold f = act((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, for raw x. The scale
+s is folded into the biases (b_enc s, b_dec s), so decoder rows keep norm 1 and exported features
+are s times ours. An SAE whose encoder is another function is refused.
+"""
+import argparse
+import io
+from pathlib import Path
+
+import common  # before torch: it sets how threads wait
+
+import torch
+
+from evals import open_run
+
+FORMATS = ("saelens", "dictionary_learning")
+
+
+@torch.no_grad()
+def export(sae, acts, folder, fmt):
+    """Write the SAE to folder in a format of FORMATS; UserError where the format cannot hold it.
+
+    Code and reconstruction are compared on held-out activations before anything is written.
+    """
+    own = {name for name, _ in sae.named_parameters()} - {"W_enc", "b_enc", "W_dec", "b_dec"}
+    if own:
+        raise common.UserError(
+            f"this SAE cannot be exported to {fmt}: its code also depends on "
+            f"{', '.join(sorted(own))}, which a linear encoder with relu or topk on one position "
+            "cannot express.")
+    s = acts.scale
+    W_enc, b_enc, W_dec, b_dec = (t.detach().float().cpu() for t in (
+        sae.W_enc, sae.b_enc * s, sae.W_dec, sae.b_dec * s))
+    k = sae.cfg.k if sae.cfg.activation == "topk" else None
+    x, mask = next(iter(acts.heldout(4)))
+    ours = sae.encode(x, mask)
+    theirs = code(x.cpu(), W_enc, b_enc, b_dec, k)
+    pairs = [(theirs, s * ours)]
+    if theirs.shape == ours.shape:
+        pairs.append((theirs @ W_dec + b_dec, sae.decode(ours)))
+    if not all(close(a, b.float().cpu(), mask.cpu()) for a, b in pairs):
+        raise common.UserError(
+            f"this SAE cannot be exported to {fmt}: on held-out activations the linear encoder "
+            f"with {'topk' if k else 'relu'} on one position gives another code than this one's.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write = saelens if fmt == "saelens" else dictionary_learning
+    write(folder, acts, W_enc, b_enc, W_dec, b_dec, k)
+
+
+def code(x, W_enc, b_enc, b_dec, k):
+    """The code that both formats define: x (..., D) -> (..., F); k None: ReLU."""
+    if len(W_enc) != x.shape[-1]:
+        return x.new_zeros(1)                                             # not one encoder matrix
+    pre = (x - b_dec) @ W_enc + b_enc
+    if k:
+        values, index = pre.topk(k, dim=-1)
+        pre = torch.zeros_like(pre).scatter(-1, index, values)
+    return pre.relu()
+
+
+def close(a, b, mask):
+    """Whether a and b (B, T, ...) agree to 1e-4 of the largest value on scored tokens."""
+    return a.shape == b.shape and bool((a - b)[mask].abs().max() <= 1e-4 * b[mask].abs().max())
+
+
+def saelens(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
+    """SAELens: sae_weights.safetensors and cfg.json."""
+    common.save_tensors(folder / "sae_weights.safetensors",
+                        {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
+    D, n_features = W_enc.shape
+    common.write_json(folder / "cfg.json", {
+        "architecture": "topk" if k else "standard", **({"k": k} if k else {}),
+        "d_in": D, "d_sae": n_features, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"model_name": model_name(acts), "hook_layer": int(acts.layer),
+                     "hook_name": f"blocks.{acts.layer}.hook_resid_post",
+                     "context_size": acts.T + 1, "prepend_bos": True, "feature_scale": acts.scale,
+                     "sae_lens_version": "6.0.0"}})   # of the format; without it metadata is lost
+
+
+def dictionary_learning(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
+    """dictionary_learning: ae.pt, a pickle (this project writes it and never reads one), and
+    config.json."""
+    state = {"encoder.weight": W_enc.t().contiguous(), "encoder.bias": b_enc,
+             "decoder.weight": W_dec.t().contiguous(), "b_dec" if k else "bias": b_dec}
+    if k:
+        state.update(k=torch.tensor(k, dtype=torch.int), threshold=torch.tensor(-1.0))
+    file = io.BytesIO()
+    torch.save(state, file)
+    common.write_atomic(folder / "ae.pt", file.getvalue())
+    D, n_features = W_enc.shape
+    common.write_json(folder / "config.json", {
+        "trainer": {"dict_class": "AutoEncoderTopK" if k else "AutoEncoder", "activation_dim": D,
+                    "dict_size": n_features, "layer": acts.layer, "lm_name": model_name(acts),
+                    "submodule_name": f"resid_post_layer_{acts.layer}", **({"k": k} if k else {})},
+        "buffer": {"d_submodule": D, "io": "out", "ctx_len": acts.T + 1}})
+
+
+def model_name(acts):
+    return acts.lm.name if acts.lm else "synthetic"
+
+
+def main(argv=None):
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m evals.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("RUN", help="folder of a finished run")
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--cache", help="folder of harvested activations (default: the run's)")
+    args = parser.parse_args(argv)
+
+    def work():
+        sae, acts, folder = open_run(args.RUN, args.device, args.cache)
+        target = folder / f"export-{args.format}"
+        export(sae, acts, target, args.format)
+        common.say(f"saved: {target}")
+    return common.guard(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,229 @@
+"""SAEBench: its core values under its names, and SAEBench itself on this SAE.
+
+    python -m evals.saebench RUN                   its core values on the run's held-out text
+    python -m evals.saebench RUN core              SAEBench itself, on its own text; also
+                                                   sparse_probing and unlearning (WMDP and MMLU)
+
+The first needs nothing else, and equals sae-bench 0.6.0 (sae_bench/evals/core) on the same tensors.
+Where its values differ from evals/core.py, that one is right:
+
+    explained_variance          1 - R / (S - (S / D)^2), with R and S the means over batches of the
+                                mean ||x - x_hat||^2 and ||x||^2: nearly a variance about zero, so
+                                too large, and above 1 where a sink is counted
+    explained_variance_legacy   mean over tokens of 1 - error / squared distance to the batch mean:
+                                the value of all published tables
+    mse                         divided by the batch's number of tokens once more, so it depends on
+                                the batch size
+    relative_reconstruction_bias  a mean of the batches' ratios
+
+The others run sae-bench's program, its data sets and its language models, in its settings; results
+go to RUN/saebench/ in its format. They need `pip install sae-bench`, best in an environment of its
+own, which also runs this project; the hub; and for unlearning WMDP's gated bio-forget-corpus where
+sae-bench looks for it.
+"""
+import sys
+from functools import partial
+from pathlib import Path
+
+import common  # before torch: it sets how threads wait
+
+import torch
+import torch.nn.functional as F
+
+from evals import run_eval
+
+CORE_BATCHES = (200, 2000, 16)      # for reconstruction, for sparsity, and prompts in each
+KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first three
+
+
+@torch.no_grad()
+def evaluate(sae, acts, folder=None):
+    """SAEBench's core values on the held-out windows, as a dict; needs no language model."""
+    def batches():
+        for x, mask in acts.heldout():
+            x_hat, f = sae(x, mask)
+            yield x, x_hat.float(), f.float(), mask
+    return metrics(batches(), sae.W_dec, getattr(sae, "W_enc", None))
+
+
+@torch.no_grad()
+def metrics(batches, W_dec=None, W_enc=None):
+    """SAEBench's values from batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)), as a dict.
+
+    With the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature.
+    UserError where no token is scored.
+    """
+    tokens, ratios, active = [], [], 0                     # of all tokens, of all batches, (F,)
+    for x, x_hat, f, mask in batches:
+        x, x_hat, f = x[mask].double(), x_hat[mask].double(), f[mask]     # (n, D), (n, D), (n, F)
+        if len(x) == 0:
+            continue
+        error, square, out = ((v * v).sum(-1) for v in (x - x_hat, x, x_hat))
+        dot, centred = (x * x_hat).sum(-1), (x - x.mean(0)).pow(2).sum(-1)
+        tokens.append(torch.stack([(f != 0).double().sum(-1), f.double().sum(-1), square.sqrt(),
+                                   out.sqrt(), (out / square).sqrt(), dot / (square * out).sqrt(),
+                                   error / len(x), 1 - error / centred], 1).cpu())
+        ratios.append(torch.stack([square.mean(), error.mean(), out.mean() / dot.mean()]).cpu())
+        active = active + (f > 0).double().sum(0)
+        D = x.shape[1]
+    if not tokens:
+        raise common.UserError("no scored held-out token: take more text with --heldout_tokens or "
+                               "other --data.")
+    tokens, (S, R, bias) = torch.cat(tokens), torch.stack(ratios).mean(0).tolist()
+    names = ("l0", "l1", "l2_norm_in", "l2_norm_out", "l2_ratio", "cossim", "mse",
+             "explained_variance_legacy")
+    density = active / len(tokens)                                        # (F,)
+    result = {**dict(zip(names, tokens.mean(0).tolist())), "relative_reconstruction_bias": bias,
+              "explained_variance": 1 - R / (S - (S / D) ** 2),
+              "frac_alive": (density > 0).double().mean().item()}
+    for percent in (1, 10):
+        often = density > percent / 100
+        share = density[often].sum() / density.sum().clamp(min=1e-300)
+        result[f"freq_over_{percent}_percent"] = often.double().mean().item()
+        result[f"normalized_freq_over_{percent}_percent"] = share.item()
+    for name, W in (("decoder", W_dec), ("encoder", None if W_enc is None else W_enc.t())):
+        if W is not None:
+            result[f"average_max_{name}_cosine_sim"] = max_cosine(W).mean().item()
+    return result
+
+
+@torch.no_grad()
+def max_cosine(W, block=4096):
+    """For each row of W (F, D) the largest cosine to another row (F,); never (F, F) at once."""
+    W, best = F.normalize(W.float(), dim=1), []
+    for start in range(0, len(W), block):
+        cosine = W[start:start + block] @ W.t()
+        rows = torch.arange(len(cosine), device=W.device)
+        cosine[rows, start + rows] = -1
+        best.append(cosine.max(1).values)
+    return torch.cat(best)
+
+
+# ---------------------------------------------------------------------------------------------
+# SAEBench itself
+# ---------------------------------------------------------------------------------------------
+
+
+class ForSAEBench(torch.nn.Module):
+    """This project's SAE as sae-bench expects one: encode ([N, D] or [B, L, D]), linear decode,
+    weights, device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
+
+    A sequence is encoded in windows of T tokens from position 1, which is what the encoders here
+    know; position 0 (BOS, an attention sink) has no feature. Weights stay in fp32; dtype is that
+    of what encode and decode return.
+    """
+
+    def __init__(self, sae, acts):
+        from sae_bench.custom_saes.custom_sae_config import CustomSAEConfig
+        super().__init__()
+        self.sae, self.T, self.threshold = sae, acts.T, acts.heldout_store.threshold
+        self.device, self.dtype, self.scale = acts.device, torch.float32, float(sae.scale)
+        d_sae, d_in = sae.W_dec.shape
+        self.cfg = CustomSAEConfig(acts.lm.name.split("/")[-1], d_in, d_sae, int(acts.layer),
+                                   f"blocks.{acts.layer}.hook_resid_post", context_size=128,
+                                   architecture=type(sae).__name__, dtype="float32")
+
+    def encode(self, x):
+        if x.dim() == 2:                                   # tokens on their own
+            return self.encode(F.pad(x[:, None], (0, 0, 1, 0)))[:, 1]     # (N, F)
+        f = []
+        for window in x[:, 1:].float().split(self.T, 1):                  # (B, <= T, D)
+            norm = window.norm(dim=-1)
+            f.append(self.sae.encode(window, (norm > 0) & (norm <= self.threshold)) * self.scale)
+        return F.pad(torch.cat(f, 1), (0, 0, 1, 0)).to(self.dtype)        # (B, L, F)
+
+    def decode(self, f):
+        return self.sae.decode(f.float() / self.scale).to(self.dtype)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def to(self, device=None, dtype=None):
+        self.device, self.dtype = device or self.device, dtype or self.dtype
+        self.cfg.dtype = str(self.dtype)[6:]
+        self.sae.to(self.device)
+        return self
+
+    W_dec = property(lambda self: self.sae.W_dec.detach().to(self.dtype))
+    b_enc = property(lambda self: self.sae.b_enc.detach().to(self.dtype) * self.scale)
+    b_dec = property(lambda self: self.sae.b_dec.detach().to(self.dtype) * self.scale)
+
+    @property
+    def W_enc(self):
+        """(D, F); of an encoder that reads K copies of the stream side by side, their sum."""
+        W = self.sae.W_enc.detach()
+        return W.unflatten(0, (-1, self.cfg.d_in)).sum(0).to(self.dtype)
+
+
+def run_core(saes, acts, out, kept):
+    """Its protocol: CORE_BATCHES of openwebtext in sequences of 128."""
+    from sae_bench.evals.core import main as program
+    found = program.multiple_evals(
+        saes, *CORE_BATCHES, True, True, True, output_folder=str(out), force_rerun=True,
+        dtype=str(acts.lm.dtype)[6:], device=str(acts.device))
+    if not found:
+        raise RuntimeError("it logged an error and went on")
+    return found[0]["metrics"]
+
+
+def run_sparse_probing(saes, acts, out, kept):
+    """Its eight data sets, 4000 texts to train and 1000 to test a question."""
+    from sae_bench.evals.sparse_probing import main as program
+    config = program.SparseProbingEvalConfig(
+        model_name=saes[0][1].cfg.model_name, llm_dtype=str(acts.lm.dtype)[6:],
+        llm_batch_size=acts.cfg.lm_batch, k_values=KS)
+    found = program.run_eval(
+        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept),
+        save_activations=False)                            # they are tens of GB
+    return found.popitem()[1]["eval_result_metrics"]
+
+
+def run_unlearning(saes, acts, out, kept):
+    """WMDP-bio against four sets of MMLU; a chat model with the SAE of its base model."""
+    from sae_bench.evals.unlearning import main as program
+    model = saes[0][1].cfg.model_name
+    model += "-it" if model == "gemma-2-2b" else ""
+    config = program.UnlearningEvalConfig(
+        model_name=model, llm_dtype=str(acts.lm.dtype)[6:],
+        llm_batch_size=max(1, acts.cfg.lm_batch // 8))     # its sequences are 8 times as long
+    found = program.run_eval(
+        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept))
+    asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
+    counts = {file.stem.removesuffix("_correct"): len(file.read_text().split()) for file in asked}
+    return {**found.popitem()[1]["eval_result_metrics"], "questions": {"questions": counts}}
+
+
+SUITES = {"core": run_core, "sparse_probing": run_sparse_probing, "unlearning": run_unlearning}
+
+
+def run_suite(suite, sae, acts, folder):
+    """SAEBench's own `suite` on this SAE -> its metrics, a dict; {"skipped": [...]} where its data
+    or language model cannot be had. UserError where sae-bench is not installed."""
+    if acts.lm is None:
+        return {"skipped": [f"SAEBench's {suite} needs a language model; synthetic data has none"]}
+    try:
+        adapter, out = ForSAEBench(sae, acts), folder / "saebench"
+        kept = out if acts.cfg.cache == "none" else Path(acts.cfg.cache) / "saebench"
+        # named by its weights too: SAEBench goes on from what it finds under a name
+        name = f"{folder.name}-{common.checksum(sae.state_dict())[:8]}"
+        groups = SUITES[suite]([(name, adapter)], acts, out, kept)
+    except ImportError as error:
+        raise common.UserError("SAEBench is not installed (pip install sae-bench, best in an "
+                               f"environment of its own): {error}.") from None
+    except Exception as error:      # hub, gated data, models it does not know: many kinds
+        why = f"{type(error).__name__}: {common.one_line(error)}"
+        return {"skipped": [f"SAEBench's {suite}: {why}"]}
+    return {metric: value for group in groups.values() for metric, value in group.items()
+            if value is not None}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[1:2] and argv[1] in SUITES:
+        suite = argv.pop(1)
+        return run_eval(f"saebench_{suite}", partial(run_suite, suite), __doc__, argv)
+    return run_eval("saebench", evaluate, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

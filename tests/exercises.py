@@ -1,0 +1,249 @@
+"""Checks of the exercises in docs/exercises.md: `python test_all.py exercise_3`.
+
+A check passes on a right answer, and fails on the unchanged script with a sentence that says what
+is wrong. tests/test_docs.py holds each to the right and the wrong patch of docs/solutions.
+"""
+import math
+
+from tests import helpers
+from tests.helpers import TINY, Heldout, config, data, folder, run, weights
+
+import torch
+import torch.nn.functional as F
+
+
+def start(script, **values):
+    """The script as it is now; an untrained SAE with random biases and scale 2; its Config."""
+    sae = helpers.model(script, **values)
+    sae.scale.fill_(2.0)
+    return helpers.SCRIPTS[script], sae, sae.cfg
+
+
+def close(a, b, tolerance=1e-4):
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def exercise_1():
+    """What weighs against the error is divided as the error is, so lambda keeps its meaning."""
+    x, mask = data()
+    for flags in (dict(temporal=False), dict(buffers=False, variance_weights="mean")):
+        found = {}
+        for name in ("sum", "mean"):
+            tsae, sae, cfg = start("tsae", recon_reduction=name, **flags)
+            found[name] = tsae.losses(sae, x, mask, mask.sum(), 1500, cfg)[0]
+        for name, value in found["sum"].items():
+            ratio = (value / found["mean"][name]).item()
+            assert math.isclose(ratio, 16, rel_tol=1e-4), (
+                f"averaging makes {name} {ratio:.3g} times smaller, the error D = 16 times")
+
+
+def exercise_2():
+    """Rows of W_dec are free; the loss is the same if a feature shrinks while its row grows."""
+    tsae, sae, cfg = start("tsae", temporal=False)
+    (x, mask), size = data(), torch.randn(32).exp()
+    before = tsae.losses(sae, x, mask, mask.sum(), 0, cfg)[0]
+    with torch.no_grad():
+        for p, factor in ((sae.W_dec, size[:, None]), (sae.W_enc, 1 / size), (sae.b_enc, 1 / size)):
+            p.mul_(factor)
+    after = tsae.losses(sae, x, mask, mask.sum(), 0, cfg)[0]
+    for name, value in before.items():
+        assert close(value, after[name]), f"{name}: {value:.4f}, then {after[name]:.4f}"
+    sum(after.values()).backward()
+    # d loss / d log(size), feature by feature
+    encoder = (sae.W_enc.grad * sae.W_enc).sum(0) + sae.b_enc.grad * sae.b_enc
+    decoder = (sae.W_dec.grad * sae.W_dec).sum(1)
+    assert close(encoder, decoder, 1e-3), "the norm needs its gradient"
+    with folder():
+        status, _, err = run(tsae, *TINY, "--no-temporal", "--steps", 5, "--lr", 3e-3,
+                             "--lr_warmup", 1, "--eval", "none", "--out", "a")
+        assert status == 0, err
+        norm = weights("a")["W_dec"].norm(dim=1)
+    assert (norm - 1).abs().max() > 1e-3, "the rows are still put back to norm 1"
+
+
+def exercise_3():
+    """BatchTopK: k n entries of n scored tokens, shared out as they come; sinks take none."""
+    _, sae, _ = start("tsae", temporal=False, activation="topk", k=3)
+    x, mask = data(masked=((0, 0),))
+    x[0, 0] *= 1000                                                  # an attention sink
+    pre = F.relu(x / sae.scale @ sae.W_enc + sae.b_enc - sae.b_dec @ sae.W_enc)[mask]
+    for f in (sae.encode(x, mask)[mask], sae.encode(x[mask])):
+        on, n = (f > 0).sum(), len(pre)
+        assert on == 3 * n, f"{on} are on for {n} scored tokens at k = 3"
+        least = pre.flatten().topk(3 * n).values[-1]
+        assert close(f, torch.where(pre >= least, pre, 0.0)), "these are not the largest"
+    dense, relu = (start("tsae", temporal=False, **values)[1].encode(x[mask])
+                   for values in (dict(activation="topk", k=32), {}))
+    assert close(dense, relu), "k = F is the ReLU"
+
+
+def exercise_4():
+    """The temperature falls in a straight line from the first to the last step."""
+    lens, _, cfg = start("temporal_lens")
+    for steps in (2, 11, 400):
+        tau = [lens.temperature(step, steps, cfg) for step in range(steps)]
+        assert abs(tau[0] - 5.0) + abs(tau[-1] - 0.1) < 1e-9, (
+            f"{steps} steps: from {tau[0]} to {tau[-1]}")
+        drops = [a - b for a, b in zip(tau, tau[1:])]
+        assert max(drops) - min(drops) < 1e-9, (
+            f"{steps} steps: no straight line, drops from {min(drops)} to {max(drops)}")
+    assert lens.temperature(0, 1, cfg) == 5.0, "a run of one step"
+    assert lens.temperature(3, 9, config(lens, anneal=False)) == 0.1, "--no-anneal"
+
+
+def exercise_5():
+    """Masks are 0 or 1; their logits learn through the sigmoid's gradient."""
+    _, sae, _ = start("temporal_lens", T=7)
+    m = sae.position_mask(7)
+    assert ((m == 0) | (m == 1)).all(), "the mask is not hard"
+    assert torch.equal(m > 0.5, sae.alpha > 0), "on is where alpha > 0"
+    assert m.requires_grad, "the logits get no gradient: nothing can learn which positions"
+    weight, soft = torch.randn(m.shape), torch.sigmoid(sae.alpha.detach() / sae.tau)
+    (m * weight).sum().backward()
+    assert close(sae.alpha.grad, weight * soft * (1 - soft) / sae.tau), "not the sigmoid's gradient"
+    f = sae.encode(data(T=7)[0])
+    assert not f[:, sae.alpha <= 0].any(), "a feature is active where its mask is off"
+    assert (start("temporal_lens", T=7, masks=False)[1].position_mask(7) == 1).all(), "--no-masks"
+
+
+def exercise_6():
+    """One mask for 16 positions in a row."""
+    _, sae, _ = start("temporal_lens", T=40)
+    shape = tuple(sae.alpha.shape)
+    assert shape == (3, 32), f"alpha has shape {shape}, 40 positions are 3 blocks"
+    m, block = sae.position_mask(40), torch.arange(40) // 16
+    soft = torch.sigmoid(sae.alpha[block] / sae.tau)
+    assert torch.allclose(m, soft), "position t belongs to block t // 16"
+    assert torch.equal(sae.position_mask(9), m[:9]), "shorter windows"
+    m[:16, 2].sum().backward()
+    one = sae.alpha.grad[0, 2] > 0 and sae.alpha.grad.count_nonzero() == 1
+    assert one, "16 positions, one logit"
+
+
+def exercise_7():
+    """mixing's `leak`: how much a code depends on later tokens; 0 for a causal encoder."""
+    x, mask = data(B=16, T=40)
+
+    def leak(padding="circular", taps=(0, 1, 2)):
+        mtsae, sae, _ = start("mtsae", T=40, padding=padding, batch_norm="off", rates="1,4")
+        sae.eval()
+        with torch.no_grad():                              # other taps (before, at, after): 0
+            on = torch.tensor([float(i in taps) for i in range(3)])
+            sae.kernels.copy_(torch.rand(sae.kernels.shape) * on[:, None])
+        found = mtsae.mixing(sae, Heldout(x, mask))
+        assert "leak" in found, "mixing returns no 'leak'"
+        later = x.clone()
+        later[:, 21:] = x.roll(1, 0)[:, 21:]
+        a, b = sae.encode(x)[:, 20], sae.encode(later)[:, 20]
+        want = ((a - b).norm() / a.norm()).item()
+        assert math.isclose(found["leak"], want, rel_tol=1e-3, abs_tol=1e-6), (found["leak"], want)
+        return found["leak"]
+    assert leak("causal") == 0, "a causal encoder cannot see later tokens"
+    assert leak(taps=(0, 1)) == 0, "no tap after the token, no leak"
+    assert leak() > 0.01 and leak(taps=(1, 2)) > 0.01
+
+
+def exercise_8():
+    """Coherence over all lags up to 16, as one product and not as a loop over lags."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    (x, mask), calls, total, pairs = data(T=24), [], 0.0, 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls[-1] += 1
+            return function(*args, **(kwargs or {}))
+    for weight in (0.0, 0.15):
+        mtsae, sae, cfg = start("mtsae", T=24, batch_norm="off", coherence=weight)
+        n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])      # as train() counts
+        calls.append(0)
+        with Count():
+            terms = mtsae.losses(sae, x, mask, n, 0, cfg)[0]
+    f = sae.encode(x, mask).double()
+    for lag in range(1, 17):
+        both = mask[:, lag:] & mask[:, :-lag]
+        total += (F.cosine_similarity(f[:, lag:], f[:, :-lag], dim=-1) * both).sum().item()
+        pairs += both.sum().item()
+    assert n[1] == pairs, f"{n[1]} pairs counted, {pairs} are 1 to 16 tokens apart"
+    assert math.isclose(terms["coherence"].item(), -0.15 * total / pairs, rel_tol=1e-4)
+    assert calls[1] - calls[0] < 40, f"{calls[1] - calls[0]} operations: a loop over the lags?"
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)                                        # no feature is active
+    mtsae.losses(sae, x, mask, n, 0, cfg)[0]["coherence"].backward()
+    grads = [p.grad for p in sae.parameters() if p.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads), "empty codes"
+
+
+def exercise_9():
+    """AuxK: dead features, and nothing else, learn what the others left over."""
+    (x, mask), (mtsae, sae, cfg) = data(T=40), start(
+        "mtsae", T=40, activation="topk", k=2, expansion=3, dead_after=5)
+    n = torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])
+    sae.eval()                                                      # batch norm as it is
+    alive = mtsae.losses(sae, x, mask, n, 0, cfg)[0].get("aux", 0)
+    assert not alive, "nothing is dead, and still there is a term"
+    sae.inactive[:7] = 6
+    terms = mtsae.losses(sae, x, mask, n, 0, cfg)[0]
+    assert "aux" in terms, "7 features are dead, and there is no term 'aux'"
+    with torch.no_grad():
+        pre = sae.temporal(x, mask) @ sae.W_enc[:, :7] + sae.b_enc[:7]
+        rest, (values, index) = (x - sae(x, mask)[0]) / sae.scale, pre.topk(4, -1)
+        guess = torch.zeros_like(pre).scatter(-1, index, values.relu()) @ sae.W_dec[:7]
+        value = ((rest - guess).square().sum(-1) * mask).sum() / mask.sum() / 32
+    assert close(terms["aux"], value), f"{terms['aux']:.4f} and not {value:.4f}"
+    terms["aux"].backward()
+    for name, p in sae.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        if name in ("W_enc", "b_enc", "W_dec"):
+            dead = grad.movedim(-1 if name == "W_enc" else 0, 0)[:7]     # a view
+            assert dead.any(), f"the dead features' {name} gets no gradient"
+            dead.zero_()
+        assert not grad.any(), f"{name} of living features gets a gradient"
+
+
+def exercise_10():
+    """Two features drift together: beside the others, and not their own past, they stand out."""
+    hierarchical, sae, cfg = start("hierarchical_sae", variant="self-aligning", expansion=4)
+    gen, over = torch.Generator().manual_seed(0), []
+    for step in range(200):
+        s = 0.3 + 0.02 * torch.randn(64, generator=gen)
+        s[:2] = 0.3 + 0.65 * step / 200
+        over.append(s > hierarchical.update_margin(sae, s, cfg))
+    over = torch.stack(over).float()                                # (200, 64)
+    held = 1 - over[100:, :2].mean()
+    assert held == 0, f"the margin holds the two back in {held:.0%} of the last 100 steps"
+    assert over[100:, 2:].mean() < 0.02, "the margin is below features that do nothing unusual"
+
+
+def exercise_11():
+    """Matryoshka: the lowest level alone, the lowest two and all three have to reconstruct."""
+    x, mask = data()
+    for levels, reduction in ((3, "sum"), (3, "mean"), (1, "sum")):
+        hierarchical, sae, cfg = start("hierarchical_sae", variant="hierarchical", levels=levels,
+                                       recon_reduction=reduction)
+        terms, stats, _ = hierarchical.losses(sae, x, mask, mask.sum(), 0, cfg)
+        f, errors, end = sae.encode(x, mask).detach(), [], 0
+        for size in sae.sizes:
+            end += size
+            kept = torch.cat([f[..., :end], torch.zeros_like(f[..., end:])], -1)
+            errors.append(((sae.decode(kept) - x)[mask] / sae.scale).square().sum() / mask.sum())
+        want, found = sum(errors) / levels / (16 if reduction == "mean" else 1), terms["recon"]
+        assert close(found, want), f"{levels} levels, {reduction}: {found:.4f}, not {want:.4f}"
+        assert close(stats["error"], errors[-1]), "the logged error is that of the whole code"
+
+
+def exercise_12():
+    """The GRU predicts the change: without its output, tomorrow is like today: skill 0."""
+    hierarchical, sae, cfg = start("hierarchical_sae", variant="temporal", gru_divisor=4)
+    x, mask = data()
+    before = sae.predict(x)
+    with torch.no_grad():
+        sae.W_next.weight.zero_()
+    assert close(sae.predict(x), x), "a GRU that says nothing does not say 'as now'"
+    assert not close(before, x), "the GRU's change is not added"
+    skill = hierarchical.prediction_skill(sae, Heldout(x, mask))
+    assert abs(skill) < 1e-5, f"without the GRU's output the skill is {skill:.3f}"
+    f = sae.encode(x, mask)
+    image, pair = f @ sae.W_dec * mask[..., None], mask[:, 1:] & mask[:, :-1]
+    change = ((image[:, 1:] - image[:, :-1]).square().mean(-1) * pair).sum()
+    found = hierarchical.temporal_losses(sae, f, image, mask, cfg)["prediction"]
+    assert close(found, change), "the loss does not use the same prediction"

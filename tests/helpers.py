@@ -1,0 +1,307 @@
+"""What several test files need: quiet runs, tiny language models, texts and autoencoders."""
+import contextlib
+import functools
+import inspect
+import io
+import json
+import lzma
+import os
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+import common                   # before torch: it sets how idle threads wait
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import hierarchical_sae
+import mtsae
+import temporal_lens
+import tsae
+from data import models as loader, texts
+from evals import figures
+
+inspect.getsource = functools.cache(inspect.getsource)     # each command line reads its script's
+HERE = Path(__file__).resolve().parent.parent
+SCRIPTS = {"tsae": tsae, "temporal_lens": temporal_lens, "mtsae": mtsae,
+           "hierarchical_sae": hierarchical_sae}
+SAES = {"tsae": "TSAE", "temporal_lens": "TemporalLens", "mtsae": "MTSAE",
+        "hierarchical_sae": "HierarchicalSAE"}
+KINDS = ("llama", "gemma2", "neox", "gpt2")    # architectures of the tiny model
+TINY = ("--model", "synthetic", "--tokens", 4096, "--heldout_tokens", 1024, "--T", 32,
+        "--batch_size", 4, "--cache", "none", "--save_every", 10)
+
+
+def skip(reason):
+    """The test cannot run here; test_all.py and pytest print the reason."""
+    raise unittest.SkipTest(reason)
+
+
+@contextlib.contextmanager
+def folder():
+    """A temporary working directory."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as path:
+        os.chdir(path)
+        try:
+            yield Path(path)
+        finally:
+            os.chdir(before)
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """owner.name = value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def modules(**others):
+    """Modules (or None: not there) in the place of those of these names, for a while."""
+    before = {name: sys.modules.get(name) for name in others}
+    sys.modules.update(others)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            sys.modules[name] = module
+            if module is None:
+                del sys.modules[name]
+
+
+def run(module, *flags):
+    """module.main(flags) with its output caught -> (exit status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    draw = figures.training if module is figures else lambda folder: None     # takes a second
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            replaced(figures, "training", draw):
+        try:
+            status = module.main([str(flag) for flag in flags])
+        except SystemExit as stop:
+            status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def tiny(module, out, steps=30, *flags):
+    """Train on a small synthetic set; returns the run folder's eval.json."""
+    status, _, err = run(module, *TINY, "--steps", steps, "--out", out, *flags)
+    assert status == 0, err
+    return json.loads((Path(out) / "eval.json").read_text())
+
+
+def log(out):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return common.load_tensors(Path(out) / "sae_weights.safetensors")[0]
+
+
+def same_files(a, b):
+    """Two runs have the same log and weights, byte for byte."""
+    for name in ("log.jsonl", "sae_weights.safetensors"):
+        assert (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes(), (a, name)
+
+
+def refused(*flags, words=(), module=tsae):
+    """The command ends with status 2 and one sentence that holds the words."""
+    status, _, err = run(module, *flags)
+    assert status == 2 and "Traceback" not in err, (flags, status, err)
+    assert all(word in err for word in words), (words, err)
+
+
+def refused_with(word, function, *args):
+    """function(*args) raises a UserError that holds the word."""
+    try:
+        function(*args)
+    except common.UserError as error:
+        assert word in str(error), (word, error)
+    else:
+        raise AssertionError(f"nothing was refused: {word}")
+
+
+def config(module, **values):
+    """A Config with the paper's values, small synthetic sizes, and the values given."""
+    cfg = module.Config(**{**dict(model="synthetic", tokens=4096, heldout_tokens=1024, T=32,
+                                  batch_size=4, steps=30, cache="none"), **values})
+    for name, value in getattr(module, "defaults", lambda cfg: {})(cfg).items():
+        if name not in values:
+            setattr(cfg, name, value)
+    return cfg
+
+
+def model(script, D=16, seed=0, **values):
+    """A script's SAE with biases that are not zero, so that no term hides."""
+    torch.manual_seed(seed)
+    module = SCRIPTS[script]
+    sae = getattr(module, SAES[script])(D, config(module, **{"expansion": 2, **values}))
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)
+        sae.b_dec.normal_(std=0.1)
+    return sae
+
+
+def data(B=3, T=12, D=16, seed=1, masked=((0, 3), (0, 4), (2, 11))):
+    """x (B, T, D) and a mask (B, T) with holes."""
+    mask = torch.ones(B, T, dtype=torch.bool)
+    for b, t in masked:
+        mask[b, t:t + 1] = False                           # nothing where the window is shorter
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed)), mask
+
+
+def relative(a, b):
+    """Largest difference over the largest value."""
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def close(ours, theirs, name="", tolerance=1e-5):
+    assert abs(ours - theirs) <= tolerance * max(1e-3, abs(theirs)), (name, ours, theirs)
+
+
+def saebench():
+    """Tensors and values that SAEBench 0.6.0's own code computed (data/fixtures/README.md)."""
+    path = HERE / "data" / "fixtures" / "saebench"
+    return (load_file(path.with_suffix(".safetensors")),
+            json.loads(path.with_suffix(".json").read_text()))
+
+
+class LinearSAE(nn.Module):
+    """f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec; biases are 0 if not given."""
+    causal, scale = True, 1.0                             # features in raw units
+
+    def __init__(self, W_enc, W_dec, b_enc=None, b_dec=None):
+        super().__init__()
+        zeros = [torch.zeros(len(W_dec)), torch.zeros(len(W_enc))]
+        biases = [z if b is None else b for z, b in zip(zeros, (b_enc, b_dec))]
+        self.W_enc, self.W_dec, self.b_enc, self.b_dec = (
+            nn.Parameter(value.float()) for value in (W_enc, W_dec, *biases))
+
+    def encode(self, x, mask=None):
+        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
+
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, x, mask=None):
+        f = self.encode(x, mask)
+        return self.decode(f), f
+
+
+def fixture_sae(tensors, prefix):
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    return LinearSAE(*(tensors[f"{prefix}.{name}"] for name in names))
+
+
+def zero_sae(D, n_features):
+    """What an untrained or collapsed SAE is: no feature is ever on."""
+    return LinearSAE(torch.zeros(D, n_features), torch.zeros(n_features, D))
+
+
+class Heldout:
+    """As much of common.Activations as an evaluation of given held-out tensors reads."""
+    lm, layer, scale, device, dtype, truth = None, 0, 1.0, torch.device("cpu"), torch.float32, None
+
+    def __init__(self, x, mask=None):
+        self.x, self.cfg = x, tsae.Config()
+        self.mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        self.T, self.D, self.mean = x.shape[1], x.shape[2], x[self.mask].mean(0)
+
+    def heldout(self, size=16):
+        return zip(self.x.split(size), self.mask.split(size))
+
+
+WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
+
+
+def tiny_lm(kind="llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gain=5):
+    """A random language model of an architecture, width 32, and a tokenizer of whole words."""
+    import transformers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    vocab = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    shape = dict(num_attention_heads=4, hidden_size=32, num_hidden_layers=layers)
+    name, more = {
+        "llama": ("Llama", dict(intermediate_size=64, num_key_value_heads=2)),
+        "gemma2": ("Gemma2", dict(intermediate_size=64, num_key_value_heads=2, head_dim=8)),
+        "neox": ("GPTNeoX", dict(intermediate_size=64)), "gpt2": ("GPT2", {})}[kind]
+    cfg = getattr(transformers, f"{name}Config")(
+        vocab_size=len(vocab), bos_token_id=0, eos_token_id=1, **shape, **more)
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(cfg)
+    with torch.no_grad():                  # larger weights: blocks and tokens differ visibly
+        for p in lm.parameters():
+            p.mul_(gain if p.dim() > 1 else 1)
+    return loader.LM(lm, tokenizer, f"tiny-{kind}", "random", torch.device("cpu"), torch.float32)
+
+
+def words_lm(layers=3):
+    """A tiny Llama of the two languages, with its own weights."""
+    return tiny_lm(words=WORDS, layers=layers, gain=1)
+
+
+def saved_lm(here):
+    """The tiny Llama in here/lm, for --model, and random words in here/t.jsonl, for --data."""
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    lm, gen = tiny_lm(), torch.Generator().manual_seed(1)
+    lm.model.save_pretrained(here / "lm")
+    lm.tokenizer.save_pretrained(here / "lm")
+    with open(here / "t.jsonl", "w") as file:
+        for row in torch.randint(97, (12, 250), generator=gen).tolist():
+            file.write(json.dumps({"text": " ".join(f"w{w}" for w in row)}) + "\n")
+    return ("--model", here / "lm", "--data", here / "t.jsonl", "--T", 16, "--tokens", 2048,
+            "--heldout_tokens", 256, "--batch_size", 4, "--dtype", "float32")
+
+
+def open_tiny(here, **values):
+    """Activations of the tiny Llama on random text -> (list of them, what was printed)."""
+    if not (here / "lm").exists():
+        saved_lm(here)
+    base = dict(model=str(here / "lm"), layer="1,2", data=str(here / "t.jsonl"), T=16,
+                batch_size=4, cache=str(here / "cache"), tokens=2048, heldout_tokens=256,
+                buffer=16, preset="paper", lm_batch=8, device="cpu")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        acts = list(common.open_activations(tsae.Config(**{**base, **values})))
+    return acts, out.getvalue()
+
+
+def walk(letter, n, seed):
+    """Text in which the next word follows from the last: x_i -> x_(i+1), with a start at random."""
+    start = int(torch.randint(12, (1,), generator=common.generator(seed, f"walk{letter}{seed}")))
+    return " ".join(f"{letter}{(start + i) % 12}" for i in range(n))
+
+
+def make_acts(lm, layer=1, T=16, cache="none", lm_batch=4):
+    """Activations of a tiny model's block on both languages, harvested by the real stores."""
+    cfg = tsae.Config(T=T, cache=cache, lm_batch=lm_batch, batch_size=2, buffer=8, device="cpu",
+                      dtype="float32", layer=str(layer))
+    tokens, lengths = texts.make_windows([walk("ab"[i % 2], T, i) for i in range(8)], lm, T, 8)
+    threshold = common.sink_thresholds(lm, tokens, lengths, [layer])[layer]
+    stores = [common.Store(None, None, lm, layer, tokens, lengths, threshold) for _ in range(2)]
+    return common.Activations(cfg, lm, layer, *stores)
+
+
+@contextlib.contextmanager
+def data_folder(**files):
+    """A made-up data/ folder instead of the bundled one: name -> rows of <name>.jsonl.xz."""
+    with tempfile.TemporaryDirectory() as path:
+        (Path(path) / "data").mkdir()
+        for name, rows in files.items():
+            with lzma.open(Path(path) / "data" / f"{name}.jsonl.xz", "wt") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        with replaced(texts, "HERE", Path(path)), replaced(common, "HERE", Path(path)):
+            yield Path(path)

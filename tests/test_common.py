@@ -1,0 +1,444 @@
+"""Language models, text, buffer and cache, the run folder, resume, processes, the command line."""
+import ctypes
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+from tests.helpers import (HERE, KINDS, SAES, SCRIPTS, TINY, LinearSAE, config, data, folder, log,
+                           model, open_tiny, refused, refused_with, relative, replaced, run,
+                           same_files, saved_lm, skip, tiny, tiny_lm, weights)
+
+import common
+import torch
+import torch.nn.functional as F
+
+import evals
+import tsae
+from data import models, texts
+from evals import core
+
+
+def test_hidden_states_and_intervene_of_four_architectures():
+    tokens = torch.randint(0, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    for kind in KINDS:
+        lm, calls = tiny_lm(kind), []
+        with torch.no_grad():
+            plain = lm.model(input_ids=tokens, output_hidden_states=True)
+            handle = lm.blocks[3].register_forward_hook(lambda *_: calls.append(1))
+            got = common.hidden_states(lm, tokens, [0, 2])
+            handle.remove()
+            assert set(got) == {0, 2} and not calls, f"{kind}: a block behind the deepest ran"
+            for layer, h in got.items():                   # hidden_states[0] is the embedding
+                assert torch.allclose(h, plain.hidden_states[layer + 1], atol=1e-5), (kind, layer)
+            last = common.hidden_states(lm, tokens, [3])[3]     # ours is not normed
+            assert not torch.allclose(last, plain.hidden_states[4], atol=1e-3), kind
+            for edit, same in ((lambda h: h, True), (lambda h: h * 0, False)):
+                with common.intervene(lm, 1, edit):
+                    assert torch.equal(lm.model(input_ids=tokens).logits, plain.logits) == same
+            assert torch.equal(lm.model(input_ids=tokens).logits, plain.logits), "hook left behind"
+
+
+def test_windows_documents_and_scored_tokens():
+    lm = tiny_lm()
+    words = [" ".join([f"w{i}"] * n) for i, n in ((1, 70), (2, 10), (3, 20))]
+    tokens, lengths = texts.make_windows(words, lm, 32, 100)
+    assert lengths.tolist() == [32, 32, 20]                # the tail of 6 and the text of 10 go
+    assert (tokens[:, 0] == lm.bos).all() and tokens.shape == (3, 33)
+    assert all(len(row[1:].unique()) == 1 for row in tokens), "the tail repeats its last token"
+    tokens, x = torch.tensor([[0, 5, 1, 7, 8, 8]]), torch.ones(1, 5, 4)
+    x[0, 3] = 100                                          # BOS, word, EOS, word, sink, padding
+    mask = common.scored_mask(x, tokens, torch.tensor([4]), lm.special, threshold=20.0)
+    assert mask.tolist() == [[True, False, True, False, False]]
+    with folder() as here:
+        (here / "a.txt").write_text("".join(f"line {i} of the file\n" for i in range(6000)))
+        odd = {"text": "one\u2028two\u0085three"}          # legal inside a json string
+        (here / "c.jsonl").write_text("\ufeff" + json.dumps(odd, ensure_ascii=False) + "\n")
+        train, held = (list(texts.documents(str(here), split)) for split in ("train", "heldout"))
+    assert train and held and not set(train) & set(held)
+    assert "".join(train + held).count("line") == 6000 and odd["text"] in train + held
+
+
+def test_the_real_model_has_a_sink_and_is_explained():
+    if not list(models.HOME.glob("*/complete.json")):
+        skip("SmolLM2-135M is not on this machine; `python mtsae.py --layer 19` fetches it once")
+    with folder(), replaced(os, "environ", {**os.environ, "HF_HUB_OFFLINE": "1"}):
+        status, _, err = run(
+            tsae, "--no-temporal", "--layer", 5, "--tokens", 4096, "--heldout_tokens", 1024, "--lr",
+            3e-3, "--steps", 60, "--lr_warmup", 1, "--out", "a", "--data", "bundled")
+        assert status == 0, err
+        m, (_, acts, _) = common.read_json("a/eval.json")["core"], evals.open_run("a")
+    assert m["EV"] > 0.5 and m["ce_loss_without_sae"] < 4.5
+    assert m["ce_loss_without_sae"] < m["ce_loss_with_sae"] < m["ce_loss_with_ablation"]
+    assert acts.heldout_store.sink.norm() > acts.heldout_store.threshold / 2   # 5 medians
+
+
+def test_cached_and_live_batches_agree_and_do_not_depend_on_the_past():
+    with folder() as here:
+        cached, live = open_tiny(here)[0], open_tiny(here, cache="none")[0]
+        assert [a.layer for a in cached] == [1, 2] and cached[0].D == 32
+        for a, b in zip(cached, live):
+            assert abs(a.scale - b.scale) < 1e-3 and torch.allclose(a.mean, b.mean, atol=1e-3)
+            for step in (0, 3, 4, 70, 3):                  # in a buffer, across buffers and epochs
+                (x, mask), (y, other) = a.batch(step), b.batch(step)
+                assert torch.equal(mask, other) and torch.allclose(x, y, atol=2e-2), step
+        acts, n = cached[0], cached[0].train_store.N
+        train, held = ({tuple(row.tolist()) for row in store.tokens}
+                       for store in (acts.train_store, acts.heldout_store))
+        assert held and not train & held
+        order = acts.order(torch.arange(3 * n))            # every window once an epoch
+        for epoch in range(3):
+            assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
+        assert order[:n].tolist() != order[n:2 * n].tolist()
+        x = torch.cat([acts.batch(step)[0] for step in range(n // 4)]).float()
+        assert torch.equal(x, acts.train_store.get(order[:n // 4 * 4], "cpu")[0].float())
+        acts = open_tiny(here, buffer=2048)[0][0]
+        x, mask = acts.train_store.get(torch.arange(n), "cpu")
+        assert abs((x[mask].float() / acts.scale).norm(dim=1).mean() - math.sqrt(32)) < 1e-2
+
+
+def test_cache_is_used_checked_and_repaired():
+    def flip(raw):
+        return raw[:-9] + bytes([raw[-9] ^ 64]) + raw[-8:]
+    with folder() as here:
+        (first, _), said = open_tiny(here)
+        assert "cache:" not in said
+        want = first.batch(0)[0].clone()
+        for name, change, word in (
+                ("L1.bf16", bytes, "from"), ("L1.bf16", flip, "again"),
+                ("L1.bf16", lambda raw: raw[:-9], "again"), ("L1.safetensors", flip, "again"),
+                ("windows.safetensors", flip, "again")):
+            path = next((here / "cache").glob(f"train-*/{name}"))
+            path.write_bytes(change(path.read_bytes()))
+            (acts, _), said = open_tiny(here)
+            assert said.count("cache:") >= 2 and word in said, (name, said)
+            assert torch.equal(acts.batch(0)[0], want), name
+
+
+def test_shuffle_permutes_the_tokens_of_each_sequence():
+    plain, train, both = (next(common.open_activations(config(tsae, shuffle=how)))
+                          for how in ("off", "train", "all"))
+    x, y = plain.batch(3)[0], train.batch(3)[0]
+    assert not torch.equal(x, y) and torch.allclose(x.sum(1), y.sum(1), atol=1e-3)
+    assert torch.equal(y, both.batch(3)[0]) and torch.equal(y, train.batch(3)[0]), "not by the step"
+    held = [next(iter(acts.heldout()))[0] for acts in (plain, train, both)]
+    assert torch.equal(held[0], held[1]) and not torch.equal(held[0], held[2])
+
+
+def test_a_reconstruction_is_spliced_in_at_scored_positions_only():
+    h, mask = torch.randn(2, 6, 4), torch.rand(2, 5) > 0.4
+    out, keep = core.reconstruct_edit(lambda x, m: (x * 0, x), mask)(h), ~F.pad(mask, (1, 0))
+    assert torch.equal(out[keep], h[keep]) and (out[~keep] == 0).all()
+    eye = torch.eye(32)                                    # relu(x) - relu(-x) = x
+    with folder() as here, torch.no_grad():
+        perfect = LinearSAE(torch.cat([eye, -eye], 1), torch.cat([eye, -eye]))
+        m = core.evaluate(perfect, open_tiny(here)[0][0])
+    assert m["EV"] > 0.999 and abs(m["ce_loss_score"] - 1) < 1e-3 > abs(m["kl_div_with_sae"])
+
+
+def gathering(start):
+    """TopK by rows from F / k = start on: 0 always, infinity never."""
+    return replaced(common, "GATHER_FROM", {kind: start for kind in common.GATHER_FROM})
+
+
+def test_topk_fast_equals_plain_in_values_and_gradients():
+    torch.manual_seed(0)
+    tensors = torch.randn(3, 7, 12), torch.randn(40, 12).t(), torch.randn(40), torch.randn(40, 12)
+    weight, more, found = torch.randn(3, 7, 12), torch.randn(3, 7, 40), []
+    for start in (math.inf, 0):
+        h, W, b, W_dec = leaves = [t.clone().requires_grad_() for t in tensors]
+        with gathering(start):
+            f = common.encode_topk(h, W, b, 5)
+            x_hat = common.decode_topk(f, W_dec, 5)
+            ((x_hat * weight).sum() + (f * more).sum()).backward()
+        found.append([f, x_hat, *(leaf.grad for leaf in leaves)])
+    pre = tensors[0] @ tensors[1] + tensors[2]
+    right = torch.where(pre >= pre.topk(5, -1).values[..., -1:], pre, 0).relu()
+    assert relative(found[0][0], right) < 1e-5 and relative(found[0][1], right @ tensors[3]) < 1e-5
+    for plain, fast in zip(*found):
+        assert plain.shape == fast.shape and relative(fast, plain) < 1e-5
+    with gathering(0), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = common.encode_topk(*tensors[:3], 5)
+        out = common.decode_topk(half, tensors[3], 5).float()
+    assert relative(half.float(), right) < 0.05 and relative(out, found[0][1]) < 0.05
+
+
+def test_compiled_losses_are_the_same():
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        skip("no C++ compiler on this machine")
+    (x, mask), sae, found = data(T=32), model("tsae", temporal=False, compile=True), []
+    for losses in (common.compiled(tsae.losses, sae.cfg), tsae.losses):
+        sae.zero_grad()
+        terms = losses(sae, x, mask, mask.sum(), 0, sae.cfg)[0]
+        sum(terms.values()).backward()
+        found.append({**terms, **{name: p.grad for name, p in sae.named_parameters()}})
+    assert common.compiled(tsae.losses, config(tsae)) is tsae.losses
+    for name in found[1]:
+        assert relative(found[0][name].detach(), found[1][name].detach()) < 1e-5, name
+
+
+def test_settings_of_the_process():
+    """Freed memory is kept where the C library can; fp32 products keep their precision."""
+    def missing(name):
+        raise OSError(name)
+    calls, before, x = [], torch.get_float32_matmul_precision(), torch.randn(300, 300)
+    libc = type("libc", (), {"mallopt": lambda self, *args: calls.append(args)})()
+    for lookup in (lambda name: libc, missing, lambda name: object()):
+        with replaced(ctypes, "CDLL", lookup):
+            common.fast_process(torch.device("cpu"))
+    assert calls == [(-1, 2 ** 31 - 1), (-4, 0)]           # nothing trimmed, nothing mapped
+    assert relative((x @ x).double(), x.double() @ x.double()) < 1e-5
+    torch.set_float32_matmul_precision(before)
+    text = (HERE / "common.py").read_text()
+    assert text.index('setdefault("OMP_WAIT_POLICY", "PASSIVE")') < text.index("\nimport torch")
+
+
+META = [("tsae", {}), ("tsae", dict(temporal=False, activation="topk", k=4)), ("temporal_lens", {}),
+        ("mtsae", {}), ("mtsae", dict(variant="unlearning")),
+        ("mtsae", dict(activation="topk", k=4)),
+        *(("hierarchical_sae", dict(variant=variant)) for variant in (
+            "self-aligning", "adversarial", "disentangled", "hierarchical", "temporal"))]
+
+
+def test_no_tensor_is_made_on_the_wrong_device():
+    """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
+    meta, real = torch.device("meta"), torch.Generator
+
+    class OnMeta(common.Activations):
+        def __init__(self, cfg):
+            self.cfg, self.lm, self.layer, self.truth, self.T = cfg, None, 0, None, cfg.T
+            self.D, self.steps, self.scale, self.variance = 16, 2, 1.0, 1.0
+            self.device, self.dtype, self.mean = meta, torch.float32, torch.zeros(16, device=meta)
+
+        def batch(self, step):
+            x = torch.randn(4, self.T, 16, device=meta)
+            return x, torch.ones_like(x[..., 0], dtype=torch.bool)
+
+    class Steps:
+        """Two steps; what is handed over for the log must be on the device."""
+        total, dir, steps = 2, None, lambda self: range(2)
+
+        def __init__(self, *_):
+            self.log_due = self.evaluate = lambda *_: {}
+
+        def log(self, step, sums, **scalars):
+            for name, value in sums.items():
+                assert value.device == meta and value.dim() == 0, (name, value.device)
+
+    def generator(seed, name, device="cpu"):               # the meta device has no generator
+        return None if torch.device(device) == meta else real(device).manual_seed(0)
+
+    def adamw(*args, real=torch.optim.AdamW, **flags):     # fused exists on real devices only
+        return real(*args, **{**flags, "fused": False})
+    for script, values in META:
+        cfg = config(SCRIPTS[script], **values)
+        with replaced(common, "Run", Steps), replaced(common, "generator", generator), \
+                replaced(common, "gather_pays", lambda *_: True), \
+                replaced(torch.optim, "AdamW", adamw):
+            SCRIPTS[script].train(cfg, OnMeta(cfg))
+
+
+def test_a_finished_run_is_opened_as_it_was():
+    with folder() as here:
+        for script, module in SCRIPTS.items():
+            tiny(module, script, 12)
+            sae, acts, path = evals.open_run(script)
+            assert type(sae).__name__ == SAES[script] and acts.D == 64
+            assert common.read_json(path / "cfg.json")["d_in"] == 64
+            assert {"W_enc", "W_dec", "b_enc", "b_dec"} <= set(weights(script))
+            x, mask = next(iter(acts.heldout()))
+            x_hat, f = sae(x, mask)
+            assert relative(sae.decode(f), x_hat) < 1e-4, "decode is not linear in the code"
+            found = common.read_json(path / "eval.json")["core"]
+            assert found["EV"] == core.evaluate(sae, acts)["EV"]
+        assert not [*here.glob("*/checkpoint*"), *here.glob("*/.*.tmp")]
+        tiny(tsae, "again", 12)
+        tiny(tsae, "other", 12, "--seed", 7)
+        same_files("tsae", "again")
+        assert log("tsae") != log("other")
+
+
+KILLED = """
+import importlib, os, signal, sys
+import common
+def log(self, step, *args, real=common.Run.log, **more):
+    real(self, step, *args, **more)
+    if step == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+common.Run.log = log
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+def kill_9(here, script, flags, launcher=()):
+    """The script in a process of its own (or several), killed by SIGKILL at step 25."""
+    (here / "killed.py").write_text(KILLED)
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, *launcher, here / "killed.py", script, *map(str, flags)]
+    done = subprocess.run([*command, "--out", "killed"], cwd=here, env=env, capture_output=True)
+    assert done.returncode and (here / "killed/checkpoint.safetensors").exists(), done.stderr
+
+
+def test_killed_runs_resume_exactly():
+    """kill -9 in the middle, resume: byte for byte the uninterrupted run."""
+    for script, *more in (("tsae", "--warmup", 40), ("temporal_lens",), ("hierarchical_sae",),
+                          ("mtsae", "--resample_every", 12, "--dead_after", 6, "--l1", 2)):
+        with folder() as here:
+            flags = [*TINY, "--steps", 40, "--log_every", 1, *more]
+            kill_9(here, script, flags)
+            (here / "killed").rename(here / script)
+            for args in (["--resume", script], [*flags, "--out", "whole"]):
+                status, _, err = run(SCRIPTS[script], *args)
+                assert status == 0, err
+            same_files(script, "whole")
+            times = (here / script / "timing.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in times] == list(range(40)), "not once each"
+
+
+def test_two_processes_equal_one_and_resume_exactly():
+    """torchrun with gloo: the losses of one process with the same global batch; killed, resumed."""
+    cases = [("tsae",), ("temporal_lens",), ("mtsae",), ("mtsae", "--variant", "unlearning"),
+             ("hierarchical_sae",), ("mtsae", "--batch_size", "5")]
+    flags = [*map(str, TINY), "--steps", "40", "--log_every", "1", "--eval", "none"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    both = ("import importlib, json, sys\n"
+            "for script, argv in json.loads(sys.argv[1]):\n"
+            "    assert importlib.import_module(script).main(argv) == 0, argv\n")
+    with folder() as here:
+        kill_9(here, "tsae", flags, torchrun)
+        (here / "both.py").write_text(both)
+        jobs = [(case[0], [*flags, *case[1:], "--out", f"two{i}"]) for i, case in enumerate(cases)]
+        jobs.append(("tsae", ["--resume", "killed"]))
+        done = subprocess.run([sys.executable, *torchrun, here / "both.py", json.dumps(jobs)],
+                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        same_files("killed", "two0")
+        for i, (script, *more) in enumerate(cases):
+            tiny(SCRIPTS[script], f"one{i}", 40, *flags[len(TINY):], *more)
+            one, two = log(f"one{i}"), log(f"two{i}")
+            assert len(one) == len(two) == 40
+            for a, b in zip(one, two):
+                assert abs(a["loss"] - b["loss"]) <= 1e-4 * abs(a["loss"]), (cases[i], a, b)
+
+
+def stopping(action, at, layer=None):
+    """common.Run.log that calls action() behind a step."""
+    def stop(self, step, *args, real=common.Run.log, **more):
+        real(self, step, *args, **more)
+        if step == at and layer in (None, self.acts.layer):
+            action()
+    return replaced(common.Run, "log", stop)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_stopping_saves_and_says_how_to_resume():
+    def send(number):
+        return stopping(lambda: os.kill(os.getpid(), number), 15)
+    with folder() as here:
+        flags = (*TINY, "--steps", 30, "--log_every", 1, "--save_every", 1000, "--out")
+        assert run(tsae, *flags, "whole")[0] == 0
+        for where, wanted in ((send(signal.SIGINT), 130), (send(signal.SIGTERM), 143),
+                              (replaced(core, "evaluate", interrupt), 130)):
+            with where:
+                status, _, err = run(tsae, *flags, "a", "--overwrite")
+            assert status == wanted and "--resume a" in err and "Traceback" not in err, err
+            assert run(tsae, "--resume", "a")[0] == 0
+            same_files("a", "whole")
+        flags = (*saved_lm(here), "--layer", "0,2", "--steps", 12, "--save_every", 4, "--out")
+        assert run(tsae, *flags, "many")[0] == 0           # several layers, one command goes on
+        with stopping(interrupt, 6, layer=2):
+            assert run(tsae, *flags, "b")[0] == 130
+        status, _, err = run(tsae, *flags, "b", "--resume", "auto")
+        assert status == 0, err
+        for layer in ("L0", "L2"):
+            same_files(f"b/{layer}", f"many/{layer}")
+
+
+REFUSED = [  # flags, what the sentence names
+    ("--lair 19", "unrecognized"), ("--laye 19", "unrecognized"), ("--data pile", "synthetic"),
+    ("--activation topk --k 65", "64 features"), ("--buffer 2", "--buffer"),
+    ("--tokens 9", "--tokens"), ("--expansion 1000000", "GB"), ("--eval nothing", "--eval knows")]
+TEXTS = [  # file, contents, what the sentence names
+    ("empty.txt", b"", "no text"), ("short.txt", b"w1 w2 w3", "short.txt"),
+    ("binary.txt", bytes(range(256)) * 20, "UTF-8"), ("nul.txt", b"w1\0 " * 50, "UTF-8"),
+    ("bad.jsonl", b'{"text": "w1"}\n{"txt": 1}\n', "line 2"), ("n.jsonl", b'{"text": 1}', "line 1"),
+    ("list.jsonl", b"[1]\n", "line 1"), ("half.jsonl", b'{"text": "\\ud800"}\n', "line 1")]
+
+
+def test_bad_flags_models_and_texts_are_refused_in_a_sentence():
+    with folder() as here, replaced(os, "environ", {**os.environ, "HF_HUB_OFFLINE": "1"}):
+        for flags, word in REFUSED:
+            refused(*TINY, *flags.split(), words=[word])
+        assert not list(here.iterdir())
+        base = (*saved_lm(here), "--cache", "none", "--layer")
+        refused(*base, 4, words=["blocks 0 to 3"])
+        refused(*base, 1, "--model", "no-such/model", words=["no-such/model", "--model auto"])
+        for name, raw, word in TEXTS:
+            (here / name).write_bytes(raw)
+            refused(*base, 1, "--data", here / name, words=[word, name])
+
+
+def test_existing_runs_and_foreign_folders_are_not_lost():
+    with folder() as here:
+        tiny(tsae, "a", 12)
+        before = {p.name: p.read_bytes() for p in (here / "a").iterdir()}
+        (here / "model").mkdir()
+        (here / "model/config.json").write_text('{"model_type": "llama"}')
+        (here / "file").write_text("mine")
+        again = (*TINY, "--steps", 12, "--out")
+        refused(*again, "a", words=["--overwrite"])
+        refused(*again, "a", "--overwrite", "--l1", 1e300, words=["l1", "inf"])
+        refused("--resume", "a", words=["finished"])
+        for name in ("model", "file"):
+            refused(*again, name, "--overwrite", words=[name])
+        assert (here / "file").read_text() == "mine" and len(list((here / "model").iterdir())) == 1
+        assert {p.name: p.read_bytes() for p in (here / "a").iterdir()} == before
+        tiny(tsae, "a", 14, "--overwrite")
+        assert (here / "a/log.jsonl").read_bytes() != before["log.jsonl"]
+
+
+def test_what_a_resumed_run_stands_on_is_checked():
+    with folder() as here:
+        with replaced(common.Run, "evaluate", lambda *_: {}):            # an unfinished run
+            assert run(tsae, *TINY, "--steps", 12, "--out", "a")[0] == 0
+        refused("--resume", "a", "--lr", 1, words=["keeps its settings"])
+        checkpoint = here / "a/checkpoint.safetensors"
+        tensors, meta = common.load_tensors(checkpoint)
+        for key, value in (("text", "0"), ("scale", 9.9), ("seed", 7), ("last step", 10)):
+            stands = {**meta["stands_on"], key: value}
+            common.save_tensors(checkpoint, tensors, {**meta, "stands_on": stands})
+            refused("--resume", "a", words=[key])
+        common.save_tensors(checkpoint, tensors, meta)
+        with open(here / "a/.lock", "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            refused("--resume", "a", words=["another process"])
+        assert run(tsae, "--resume", "a")[0] == 0
+
+
+def test_full_disk_and_non_finite_numbers_are_one_sentence():
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    def poisoned(sae, x, mask, n, step, cfg, real=tsae.losses):
+        terms, *others = real(sae, x, mask, n, step, cfg)
+        return {**terms, "l1": terms["l1"] * (math.nan if step >= 15 else 1)}, *others
+    with folder() as here:
+        with replaced(common, "write_atomic", full):
+            refused(*TINY, "--steps", 12, "--out", "full", words=["disk is full", "--resume"])
+        with replaced(tsae, "losses", poisoned):
+            refused(*TINY, "--steps", 30, "--out", "a", "--log_every", 5, words=["l1", "nan", "10"])
+        tensors, meta = common.load_tensors(here / "a/checkpoint.safetensors")
+    assert meta["step"] == 10 and all(v.isfinite().all() for v in tensors.values())
+    acts = next(common.open_activations(config(tsae)))
+    x, mask = acts.train_store.x, acts.train_store.mask
+    for factor, scored, word in ((math.nan, 1, "not finite"), (0, 1, "zero"), (1, 0, "no token")):
+        store = common.Store(x * factor, mask & bool(scored))
+        refused_with(word, common.Activations, acts.cfg, None, 0, store, store)

@@ -1,0 +1,430 @@
+"""What holds for all four scripts, in tables; and what their own tests share: `agree` compares
+losses with a reference that was written straight from a paper, token by token."""
+import common                       # before torch: it sets how OpenMP threads wait
+import contextlib
+import copy
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import hierarchical_sae
+import mtsae
+import temporal_lens
+import tsae
+from tests.helpers import (SAES, SCRIPTS, TINY, config, folder, log, refused, replaced, run, tiny,
+                           weights)
+
+# --- Comparing with a reference --------------------------------------------------------------
+
+worst = {}                          # (script, dtype) -> largest relative difference in agree()
+
+
+@contextlib.contextmanager
+def float64():
+    """New tensors are float64, and what a script turns into fp32 stays as it is."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with replaced(torch.Tensor, "float", lambda t: t if t.is_floating_point() else t.double()):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def agree(sae, compute, reference, case=""):
+    """Each term of compute(sae) equals reference(p)'s, in value and in every parameter's gradient.
+
+    p: float64 copies of parameters (leaves) and buffers. Compared in float64 to 1e-9, which leaves
+    no room for another formula, and as it runs, in fp32: values to 1e-5, gradients to 1e-4 (where a
+    code is nearly 0, a cosine's gradient is that badly conditioned; all but a few agree to 1e-5).
+    """
+    twin = copy.deepcopy(sae).double()
+    p = {name: value.detach().clone() for name, value in twin.state_dict().items()}
+    names = [name for name, q in sae.named_parameters() if q.requires_grad]
+    want = reference(p | {name: p[name].requires_grad_() for name in names})
+
+    def gradients(term, leaves):
+        if not (torch.is_tensor(term) and term.requires_grad):
+            return [torch.zeros_like(q) for q in leaves]
+        found = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(q) if g is None else g for g, q in zip(found, leaves)]
+
+    leaves = [p[name] for name in names]
+    slopes = {term: gradients(value, leaves) for term, value in want.items()}
+    for model, bounds in ((twin, (1e-9, 1e-9)), (sae, (1e-5, 1e-4))):
+        with float64() if model is twin else contextlib.nullcontext():
+            terms = compute(model)
+            assert set(terms) == set(want), (case, set(terms), set(want))
+            leaves = [model.get_parameter(name) for name in names]
+            ours = {term: gradients(value, leaves) for term, value in terms.items()}
+        for term in want:
+            a, b = (float(torch.as_tensor(values[term]).detach()) for values in (terms, want))
+            gaps = {"value": abs(a - b) / max(abs(b), 1e-6)}
+            floor = 1e-2 * max(g.norm() for g in slopes[term]) + 1e-5   # 0 has no direction
+            for name, a, b in zip(names, ours[term], slopes[term]):
+                gaps[name] = float((a.double() - b).norm() / max(b.norm(), floor))
+            bad = {k: gap for k, gap in gaps.items() if not gap <= bounds[k != "value"]}
+            assert not bad, (case, term, model.W_dec.dtype, bad)
+            key = type(sae).__module__, str(model.W_dec.dtype)
+            worst[key] = max(worst.get(key, 0.0), *gaps.values())
+
+
+def logged(stats, f, sae, x, mask, case=""):
+    """error and active as they are logged: squared error (summed over D), features on, a token."""
+    error = (((x - sae.decode(f)) / sae.scale)[mask] ** 2).sum(-1).mean()
+    assert abs(stats["error"] - error) < 1e-4 * error, case
+    assert abs(stats["active"] - (f[mask] != 0).sum(-1).float().mean()) < 1e-4, case
+
+
+def mixed(T=20, D=6, seed=4, offset=0.5):
+    """Windows (3, T, D) and masks: with holes, short (padded at the end), without a token."""
+    gen = torch.Generator().manual_seed(seed)
+    mask = torch.rand(3, T, generator=gen) > 0.3
+    mask[1], mask[2] = torch.arange(T) < T // 2 + 1, False
+    return 2 * torch.randn(3, T, D, generator=gen) + offset, mask
+
+
+def shake(sae, size=0.3, scale=2.0):
+    """Random values for what starts at a constant (biases, gains), so that every path counts."""
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in sae.parameters():
+            if p.dim() == 1:
+                p.add_(size * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(scale)
+    return sae
+
+
+def layer_norm(v, gain=1.0, bias=0.0):
+    """LayerNorm of one vector."""
+    mean = sum(v) / len(v)
+    variance = sum((value - mean) ** 2 for value in v) / len(v)
+    return (v - mean) / torch.sqrt(variance + 1e-5) * gain + bias
+
+
+def cosine(a, b):
+    """Of two vectors; 0, and no gradient, where one of them is 0."""
+    if not (a.any() and b.any()):
+        return torch.zeros(()).double()
+    return (a * b).sum() / torch.sqrt((a ** 2).sum()) / torch.sqrt((b ** 2).sum())
+
+
+def keep_largest(v, k):
+    """The k largest entries of one vector where they are positive, else 0."""
+    order = sorted(range(len(v)), key=lambda i: -v[i].item())
+    keep = torch.zeros_like(v)
+    keep[order[:k]] = 1.0
+    return torch.relu(v) * keep
+
+
+# --- Invariants of any model: what may influence what ----------------------------------------
+
+
+def make(script, D=16, T=20, **flags):
+    """An untrained model, biases and gains random, and its Config; losses(x, mask) -> terms."""
+    module = SCRIPTS[script]
+    cfg = config(module, T=T, k=6, **flags)
+    sae = shake(getattr(module, SAES[script])(D, cfg))
+
+    def losses(x, mask):
+        n = mask.sum()
+        if script == "mtsae":
+            n = torch.stack([n, (mask[:, 1:] & mask[:, :-1]).sum()])
+        return module.losses(sae, x, mask, n, 700, cfg)[0]
+    return sae, losses
+
+
+def reads(sae, x, t):
+    """Tokens whose code changes with token t of the window, in eval mode."""
+    sae.eval()
+    other = x.clone()
+    other[:, t] = -2 * other[:, t] + 1
+    moved = (sae.encode(x) - sae.encode(other)).abs().amax((0, 2)) > 1e-6
+    return set(moved.nonzero().flatten().tolist())
+
+
+MODELS = (("tsae", {}), ("tsae", dict(layer_norm="post")), ("tsae", dict(temporal=False)),
+          ("temporal_lens", {}), ("temporal_lens", dict(masks=False)),
+          *(("mtsae", dict(variant=v, padding=padding)) for v in ("extraction", "unlearning")
+            for padding in ("circular", "causal")), ("mtsae", dict(batch_norm="average")),
+          *(("hierarchical_sae", dict(variant=v)) for v in hierarchical_sae.VARIANTS),
+          *(("hierarchical_sae", dict(compose=c, causal=causal)) for causal in (True, False)
+            for c in ("literal", "parallel")))
+
+
+def test_invariants_of_every_model():
+    """Masked tokens are heard by nobody; only models that are not causal look ahead; decode is
+    affine with unit rows; the projection removes the gradient along them and nothing else."""
+    x, mask = mixed(D=16)
+    loud = torch.where(mask[..., None], x, 1e3)
+    for script, flags in MODELS:
+        for activation in ("relu", "topk"):
+            case, module = (script, flags, activation), SCRIPTS[script]
+            sae, losses = make(script, activation=activation, **flags)
+            codes = [sae.encode(z, mask)[mask] for z in (x, loud)]
+            assert torch.allclose(*codes, atol=1e-4), case
+            terms, noisy = losses(x, mask), losses(loud, mask)
+            assert all(abs(noisy[k] - terms[k]) <= 1e-4 * abs(terms[k]) + 1e-7 for k in terms), case
+            # decode
+            a, b = torch.randn(2, 2, 5, len(sae.b_enc), generator=torch.Generator().manual_seed(3))
+            zero = sae.decode(0 * a)
+            assert torch.allclose(zero[0, 0], sae.b_dec * sae.scale), case
+            both = sae.decode(a) + sae.decode(b)
+            assert torch.allclose(sae.decode(a + b) + zero, both, atol=1e-4), case
+            x_hat, f = sae(x, mask)
+            assert torch.allclose(x_hat, sae.decode(f), atol=1e-4), case
+            assert sae.W_enc.t().is_contiguous(), case         # the fast TopK wants it so
+            # the decoder's rows
+            sum(terms.values()).backward()
+            before, W = sae.W_dec.grad.clone(), sae.W_dec.detach().clone()
+            along = (before * W).sum(1, keepdim=True)
+            module.remove_parallel_gradient(sae)
+            assert along.abs().max() > 1e-3 * before.norm(), case
+            assert (sae.W_dec.grad - (before - along * W)).abs().max() < 1e-5 * before.norm(), case
+            sae.W_dec.data.mul_(3.0)
+            module.normalize_decoder(sae)
+            assert torch.allclose(sae.W_dec, W, atol=1e-5), case
+            # who reads whom
+            seen = reads(sae, x, 7)
+            assert 7 in seen or activation == "topk", case
+            assert sae.causal == (min(seen, default=7) >= 7), (case, seen)
+            if script in ("tsae", "temporal_lens") or flags.get("variant", "temporal") in (
+                    "hierarchical", "disentangled", "adversarial", "self-aligning"):
+                assert seen <= {7}, case
+
+
+def test_topk_by_hand_and_with_k_equal_to_F():
+    pre = torch.tensor([[3.0, -1.0, 2.0, 5.0], [-3.0, -1.0, -2.0, 0.5]])
+    eye, (x, mask) = torch.eye(4), mixed(D=16)
+    for topk in [m.topk for m in SCRIPTS.values() if hasattr(m, "topk")] + [
+            lambda pre, k: common.encode_topk(pre, eye, torch.zeros(4), k)]:
+        assert topk(pre, 2).tolist() == [[3, 0, 0, 5], [0, 0, 0, 0.5]]
+        assert torch.equal(topk(pre, 4), F.relu(pre))
+    for script in SCRIPTS:
+        kwargs = dict(levels=1) if script == "hierarchical_sae" else {}      # levels share k
+        relu, _ = make(script, **kwargs)
+        topk, _ = make(script, activation="topk", **kwargs)
+        for sae in (topk, relu):
+            sae.cfg.k = sae.k = 16
+            sae.ks = [16]
+        relu.k = None
+        assert torch.allclose(relu.encode(x, mask), topk.encode(x, mask), atol=1e-5), script
+
+
+# --- Schedules and defaults ------------------------------------------------------------------
+
+
+def eq_4(t):
+    """w(t) as printed in paper C."""
+    return 2.0 if t < 1000 else 1.0 + (1 - (t - 1000) / 1000) if t < 2000 else 1.0
+
+
+def test_schedules_at_their_corners():
+    for module, name, flags, more, expected in (
+            (tsae, "recon_boost", dict(warmup=2000), (), {
+                t: eq_4(t) for t in (0, 999, 1000, 1001, 1500, 1999, 2000, 5000)}),
+            (tsae, "recon_boost", dict(warmup=0), (), {0: 1, 1: 1}),
+            (tsae, "temporal_ramp", dict(warmup=2000), (), {0: 0, 1000: 0.5, 2000: 1, 3000: 1}),
+            (tsae, "temporal_ramp", dict(warmup=2000, ramp_from=1000), (), {
+                0: 0, 1000: 0, 1500: 0.5, 2000: 1, 3000: 1}),
+            *((m, "lr_factor", dict(lr_warmup=1000), (), {0: 0.001, 499: 0.5, 999: 1, 9999: 1})
+              for m in (tsae, temporal_lens, hierarchical_sae)),
+            *((m, "lr_factor", dict(lr_warmup=0), (), {0: 1, 9: 1})
+              for m in (tsae, temporal_lens, hierarchical_sae)),
+            (mtsae, "lr_factor", dict(lr_warmup=1000), (4000,), {0: 0.001, 999: 1, 3999: 1}),
+            (mtsae, "lr_factor", dict(lr_warmup=1000, schedule="cosine"), (3000,), {
+                0: 0.001, 499: 0.5, 1000: 1, 2000: 0.5, 3000: 0}),
+            (mtsae, "lr_factor", dict(lr_warmup=1000, schedule="cosine"), (4,), {3: 0.004}),
+            (mtsae, "lr_factor", dict(lr_warmup=0, schedule="cosine"), (1,), {0: 1}),
+            (mtsae, "lr_factor", dict(lr_warmup=1000, schedule="cosine-warmup"), (3000,), {
+                499: 0.5, 999: 1, 2999: 1}),
+            # Eq. 5 of paper E: 5 exp(-lambda s), 0.1 at the last step
+            (temporal_lens, "temperature", {}, (301,), {
+                0: 5.0, 150: math.sqrt(0.5), 300: 0.1}),
+            (temporal_lens, "temperature", {}, (1,), {0: 5.0}),
+            (temporal_lens, "temperature", dict(anneal=False, tau_end=0.7), (9,), {
+                0: 0.7, 8: 0.7})):
+        cfg = config(module, **flags)
+        for step, value in expected.items():
+            found = getattr(module, name)(step, *(more[::-1] if name == "temperature" else ()), cfg,
+                                          *(more if name == "lr_factor" else ()))
+            assert abs(found - value) < 1e-9, (module.__name__, name, flags, step, found)
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def configured(module, *argv):
+    """The configuration of a command line."""
+    with quiet():
+        return common.configure(module.Config, module.LAPTOP, getattr(module, "defaults", None),
+                                [str(flag) for flag in argv])
+
+
+BOTH = dict(lr=3e-4, lr_warmup=1000, l1=0.04, T=128, expansion=1, recon_reduction="sum",
+            lm_batch=32, buffer=2048, activation="relu", padding="circular", clip=0.0)   # A and D
+DEFAULTS = (
+    (tsae, (), dict(
+        steps=4000, warmup=2000, lr_warmup=1000, clip=2.0, l1=0.04, lambda_short=0.01, T=128,
+        lambda_medium=0.005, lambda_long=0.001, min_variance=0.01, boost=2.0, buffer_std=0.1,
+        buffer_mix=0.25, expansion=1, batch_size=16, variance_weights="printed", lr=3e-4,
+        lag_reduction="sum")),
+    (tsae, ("--no-temporal",), dict(clip=0.0)),
+    (tsae, ("--no-temporal", "--clip", 1), dict(clip=1.0)),
+    (tsae, ("--preset", "laptop"), dict(steps=2500, warmup=1250, lr_warmup=625, clip=2.0)),
+    (tsae, ("--preset", "laptop", "--steps", 400), dict(warmup=200, lr_warmup=100)),
+    (tsae, ("--model", "synthetic", "--preset", "auto", "--warmup", 2000), dict(warmup=2000)),
+    (mtsae, (), dict(
+        BOTH, rates="1,4,16", batch_size=125, recon="squared", recon_weight=2.0, coherence=0.15,
+        resample_every=1000, dead_after=500, weight_decay=0.0, schedule="constant", layer="19",
+        seed=42)),
+    (mtsae, ("--variant", "unlearning"), dict(
+        BOTH, rates="1,2,4,8", batch_size=16, recon="norm", recon_weight=1.0, separation=0.1,
+        resample_every=0, weight_decay=0.01, schedule="cosine", layer="3", dtype="float32",
+        model="EleutherAI/pythia-70m")),
+    (mtsae, ("--variant", "unlearning", "--rates", "1,2"), dict(rates="1,2", recon="norm")),
+    (mtsae, ("--model", "synthetic", "--preset", "auto", "--steps", 400), dict(
+        lr_warmup=100, resample_every=100, dead_after=50)),
+    (hierarchical_sae, (), dict(
+        variant="temporal", l1=0.04, lambda_temp=0.2, tau=2.0, percentile=0.85, levels=3, T=128,
+        margin_decay=0.95, monitor_decay=0.99, conv=True, gru_divisor=1, checkpointing=True,
+        steps=1000, batch_size=32, lr=3e-4, weight_decay=0.0, clip=0.0, expansion=1, causal=False,
+        recon_reduction="sum")),
+    (temporal_lens, (), dict(
+        layer="5,12,19", data="shakespeare", l1=0.04, beta=0.99, tau_start=5.0, tau_end=0.1, T=128,
+        alpha_init="variance", batch_size=2048, micro_batch=32, lr=3e-4, clip=0.0, anneal=True,
+        heldout_tokens=128_000, expansion=1, masks=True, uniform_weights=False)))
+
+
+def test_defaults_are_the_papers_and_presets_scale_the_schedules():
+    for module, argv, expected in DEFAULTS:
+        preset = () if "--preset" in argv else ("--preset", "paper")
+        cfg = configured(module, *preset, *argv)
+        wrong = {k: getattr(cfg, k) for k, v in expected.items() if getattr(cfg, k) != v}
+        assert not wrong, (module.__name__, argv, wrong)
+    assert hierarchical_sae.HEADS == 8
+    for script, module in SCRIPTS.items():                     # for a fair comparison
+        for name in ("expansion activation k l1 recon_reduction steps batch_size lr lr_warmup "
+                     "weight_decay clip project_gradient").split():
+            assert hasattr(configured(module, "--model", "synthetic"), name), (script, name)
+
+
+def test_values_that_no_model_can_have_are_refused():
+    for module, *flags in (
+            *((mtsae, f"--rates={rates}") for rates in ("1,x", "0,2", "3,3", "", "-1", "1.5")),
+            (hierarchical_sae, "--levels", 65), (temporal_lens, "--tau_end", 0),
+            (hierarchical_sae, "--levels", 9, "--activation", "topk", "--k", 8)):
+        refused(*TINY, *flags, module=module, words=[flags[0].split("=")[0]])
+    for script, flags in (("mtsae", {}), ("hierarchical_sae", {})):          # they mix tokens
+        with contextlib.suppress(ValueError, common.UserError):
+            make(script, **flags)[0].encode(torch.zeros(5, 16))
+            raise AssertionError(f"{script} accepted vectors without their sequence")
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+TRAINED = (                         # script, flags, error at the end over that at first, constant
+    ("tsae", "", 0.9, ""), ("tsae", "--no-temporal", 0.9, ""),
+    ("tsae", "--layer_norm post", 0.9, ""), ("tsae", "--activation topk --k 4", 0.9, ""),
+    ("tsae", "--no-buffers --ramp_from 10", 0.9, ""),
+    ("temporal_lens", "", 0.9, ""), ("temporal_lens", "--static_masks", 0.9, "alpha"),
+    ("temporal_lens", "--no-masks --clip 1", 0.9, ""),
+    ("temporal_lens", "--activation topk --k 4 --alpha_lr 0.1 --ema_norm store", 0.9, ""),
+    ("mtsae", "", 0.95, "mean"), ("mtsae", "--variant unlearning", 0.95, "mean"),
+    ("mtsae", "--batch_norm average --padding causal", 0.95, "mean"),
+    ("mtsae", "--activation topk --k 8", 0.95, "mean"),
+    ("mtsae", "--conv_init pytorch --clip 1 --no-project_gradient", 0.95, "mean"),
+    ("hierarchical_sae", "", 0.8, ""), ("hierarchical_sae", "--variant hierarchical", 0.8, ""),
+    *(("hierarchical_sae", f"--variant {v}", 0.8, "route_ema")
+      for v in ("disentangled", "adversarial", "self-aligning")),
+    ("hierarchical_sae", "--compose parallel --no-conv --routing top1", 0.9, ""),
+    ("hierarchical_sae", "--compose literal --levels 1", 1.0, "route_ema"),
+    ("hierarchical_sae", "--routing soft --levels 5 --consistency cosine --no-adapt", 0.9,
+     "margin_mean margin_std"),
+    ("hierarchical_sae", "--activation topk --k 9 --causal --lambda_temp 0", 0.9, ""))
+
+
+def test_every_parameter_moves_and_the_loss_falls():
+    for script, flags, falls, still in TRAINED:
+        with folder():
+            for out, steps in (("a", 1), ("b", 30)):
+                more = ("--gru_divisor", 8) if script == "hierarchical_sae" else ()
+                tiny(SCRIPTS[script], out, steps, "--eval", "none", "--lr", 3e-3, "--lr_warmup", 1,
+                     "--log_every", 1, *more, *flags.split())
+            a, b, rows = weights("a"), weights("b"), log("b")
+        same = {name for name, value in a.items() if value.is_floating_point() and value.numel() > 1
+                and torch.equal(value, b[name])}
+        assert same == set(still.split()), (script, flags, same)
+        assert (b["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5, (script, flags)
+        assert all(math.isfinite(v) for row in rows for v in row.values()), (script, flags)
+        assert rows[-1]["error"] < falls * rows[0]["error"], (script, flags, rows[-1]["error"])
+
+
+def test_a_step_without_a_scored_token_is_survived():
+    """Finite log, weights and statistics."""
+    for script, flags in (("tsae", {}), ("tsae", dict(temporal=False, activation="topk", k=4)),
+                          ("temporal_lens", {}), ("mtsae", {}),
+                          ("mtsae", dict(variant="unlearning")), ("hierarchical_sae", {}),
+                          ("hierarchical_sae", dict(variant="adversarial"))):
+        with folder():
+            cfg = config(SCRIPTS[script], model="synthetic", steps=3, out="a", eval="none",
+                         log_every=1, lr_warmup=1, **flags)
+            acts = next(common.open_activations(cfg))
+            acts.batch = lambda step, real=acts.batch: (real(step)[0], real(step)[1] & (step != 1))
+            with quiet():
+                SCRIPTS[script].train(cfg, acts)
+            assert [row["error"] == 0 for row in log("a")] == [False, True, False], (script, flags)
+            assert all(math.isfinite(v) for row in log("a") for v in row.values()), (script, flags)
+            for name, value in weights("a").items():
+                assert value.isfinite().all(), (script, flags, name)
+
+
+def test_without_their_mechanism_scripts_are_the_standard_sae_bit_for_bit():
+    for topk in ((), ("--activation", "topk", "--k", 16)):
+        with folder():
+            for out, module, flags in (
+                    ("standard", tsae, "--no-temporal"),
+                    ("tsae", tsae, "--temporal_scale 0 --layer_norm off --boost 1 --grad_noise 0 "
+                                   "--no-buffers --clip 0"),
+                    ("lens", temporal_lens, "--no-masks --uniform_weights --pre_bias"),
+                    ("other", tsae, "--layer_norm off --boost 1 --no-buffers --clip 0")):
+                tiny(module, out, 12, "--eval", "none", *flags.split(), *topk)
+            standard = weights("standard")
+            for out in ("tsae", "lens", "other"):
+                same = [torch.equal(weights(out)[k], v) for k, v in standard.items()]
+                assert all(same) == (out != "other"), (out, topk)
+
+
+def recovered(script, *flags):
+    """recovery in eval.json: what a run of 400 steps found of the planted truth."""
+    with folder():
+        status, _, err = run(SCRIPTS[script], "--model", "synthetic", "--out", "a", "--steps", 400,
+                             "--batch_size", 4, "--l1", 1, "--eval", "core", *flags)
+        assert status == 0, err
+        return json.loads(Path("a/eval.json").read_text())["recovery"]
+
+
+def test_known_features_are_found():
+    for script, *flags in (("tsae",), ("tsae", "--no-temporal"), ("mtsae",), ("temporal_lens",),
+                           ("mtsae", "--variant", "unlearning", "--l1", 0.1),   # a norm, no square
+                           ("hierarchical_sae", "--variant", "hierarchical")):
+        found = recovered(script, *flags)
+        assert found["mean_max_cosine"] > 0.7 > found["random_dictionary"] + 0.3, (script, found)
+
+
+def test_reduction_collapse():
+    """The squared error averaged over D with the L1 still summed: (almost) nothing stays on."""
+    for script, *flags in (("tsae", "--no-temporal"), ("temporal_lens",), ("mtsae",),
+                           ("hierarchical_sae", "--variant", "hierarchical")):
+        with folder():
+            L0 = {name: tiny(SCRIPTS[script], name, 120, "--lr", 5e-3, "--lr_warmup", 1, "--l1", 4,
+                             "--eval", "core", "--recon_reduction", name, *flags)["core"]["L0"]
+                  for name in ("sum", "mean")}
+        assert L0["sum"] > 3 and L0["mean"] < 0.3 * L0["sum"], (script, L0)
