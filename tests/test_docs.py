@@ -146,6 +146,7 @@ def test_commands_parse():
     command = r"python3? (-m [\w.]+|[\w/]+\.py)([^\n`#|>;&]*)"
     for path, text in texts.items():
         for program, words in re.findall(command, text.replace("\\\n", " ")):
+            words = re.split(r" {2,}", words.strip())[0]           # a remark may stand behind
             words = re.sub(r"[][]|\.\.\.|…", " ", words).split()
             name, count = program.removeprefix("-m ").removesuffix(".py"), count + 1
             if (module := SCRIPTS.get(name)) and "--resume" not in words:
