@@ -81,7 +81,7 @@ from torch.utils.checkpoint import checkpoint
 # open B.variants: Sec. 6.3 has a line for each / here the part it names; "increased": 10 times
 # open B.size: not given / here F = D, as in paper A / --expansion
 
-VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: that term's weight
+VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: its weight, not tuned
     "temporal":      dict(temporal=True,  hierarchy=True,  margin=True,  orthogonality=1.0),
     "hierarchical":  dict(temporal=False, hierarchy=True,  margin=False, orthogonality=0.0),
     "disentangled":  dict(temporal=False, hierarchy=False, margin=False, orthogonality=10.0),
@@ -193,7 +193,7 @@ class HierarchicalSAE(nn.Module):
         if self.cfg.conv:                                                 # Sec. 5.1: kernel size 3
             self.conv1, self.conv2 = nn.Linear(3 * D, D), nn.Linear(3 * D, D)
         self.W_qkv, self.W_out = (nn.Linear(D, n * D, bias=False) for n in (3, 1))
-        self.W_out.weight.data.mul_(0.1)   # near the standard SAE; 0 would starve conv1 of gradient
+        self.W_out.weight.data.mul_(0.1)   # near the standard SAE, not tuned (0 starves conv1)
         if self.cfg.lambda_temp:                                          # Sec. 5.1: two layers
             width = max(1, D // self.cfg.gru_divisor)
             self.gru = nn.GRU(D, width, num_layers=2, batch_first=True)

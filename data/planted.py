@@ -8,9 +8,10 @@
     --plant tree      children are on only while their parent is; direction = parent + own part
     --plant domains   two kinds of sequences with features of their own, and shared ones
 
-The negative control is --shuffle train: the same tokens, each sequence's order destroyed; scores
-are of held-out sequences in their true order. common.py opens this file by name: make(cfg) before
-training, recovery(sae, acts) after it. Activations have D = 64 channels; mean norm about sqrt(D).
+The negative control is --shuffle train: the same tokens, each sequence's order destroyed (tree:
+children get the parents of another sequence); scores are of held-out sequences, left as they are.
+common.py opens this file by name: make(cfg) before training, recovery(sae, acts) after it.
+Activations have D = 64 channels; mean norm about sqrt(D).
 """
 import math
 
@@ -34,6 +35,10 @@ def make(cfg):
     held, n = cfg.heldout_tokens // cfg.T, cfg.tokens // cfg.T + cfg.heldout_tokens // cfg.T
     gen = common.generator(0, f"planted-{cfg.plant}-{n}-{cfg.T}")
     dictionary, values, observed, extra = PLANTS[cfg.plant](n, cfg.T, gen)
+    if cfg.plant == "tree" and cfg.shuffle != "off":   # the order does not hold the tree
+        train, child = observed[:-held].clone(), extra["level"] == 1
+        train[..., child] = train.roll(1, 0)[..., child]
+        observed = torch.cat([train, observed[-held:]])
     noise = NOISE.get(cfg.plant, 0.01) * torch.randn(n, cfg.T, D, generator=gen)
     x = math.sqrt(D) * (observed @ dictionary + noise)
     return x, {"dictionary": dictionary, "values": values[-held:], **extra}
