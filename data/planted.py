@@ -107,7 +107,16 @@ def flicker(n, T, gen):
     tau = torch.tensor([32, 1]).repeat_interleave(16)
     values = markov(n, T, tau, gen, active=4.0)
     drop = (torch.rand(values.shape, generator=gen) < DROPOUT) & (tau == 32)
-    return directions(32, gen), values, values.masked_fill(drop, 0.0), {"duration": tau}
+    truths = {"duration": tau, "ceiling": dropout_ceiling(4.0 / 32)}
+    return directions(32, gen), values, values.masked_fill(drop, 0.0), truths
+
+
+def dropout_ceiling(p):
+    """The same for flicker's slow features: v is seen, or else it is E[v | not seen]."""
+    ev, ev2, seen = 1.5 * p, p * 7 / 3, p * (1 - DROPOUT)
+    unseen = DROPOUT * ev / (1 - seen)
+    explained = seen * 7 / 3 + (1 - seen) * unseen ** 2 - ev ** 2
+    return math.sqrt(explained / (ev2 - ev ** 2))
 
 
 def windows(n, T, gen):
