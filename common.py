@@ -6,11 +6,11 @@
     TopK            two functions that give what the plain formula gives and touch k of F features
     Language model  outputs of its blocks 0..L, no later block and no head; interventions
     Activations     windows of text -> harvest -> cache -> shuffled buffer -> x, mask of each step
-    Run             the run folder: log, checkpoint, exact resume, results, the final table
+    Run             the run folder: log, checkpoint, exact resume
 
 One direction: text -> windows (N, 1+T) -> blocks -> x (B, T, D), mask (B, T) -> the script's loop
 -> run folder. Opened by name, when asked for: data/texts.py (text sources), data/models.py (loads
-a language model), data/planted.py (--model synthetic), evals/ (one file an evaluation).
+a language model), data/planted.py (--model synthetic), evals/ (evaluations and the table).
 """
 import os
 

@@ -174,8 +174,8 @@ class HierarchicalSAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))                     # raw norm / sqrt(D)
         self.register_buffer("feature_ema", torch.zeros(3, n_features))   # f, f^2, f > 0
         self.register_buffer("route_ema", torch.zeros(2, self.levels))    # choice, -p log p
-        if self.parts["margin"]:                                          # NaN, 0: not seen yet
-            self.register_buffer("margin_mean", torch.full((n_features,), math.nan))
+        if self.parts["margin"]:                                          # 0: not seen yet
+            self.register_buffer("margin_mean", torch.zeros(n_features))
             self.register_buffer("margin_std", torch.zeros(n_features))
         if self.parts["orthogonality"]:
             self.register_buffer("attribution", torch.zeros(n_features))  # of the previous step
@@ -235,7 +235,7 @@ class HierarchicalSAE(nn.Module):
         """Centred h (..., D) -> probabilities, choice of a level, gates of all levels: (..., L)."""
         # open B.gate: "causal routing" / here the router chooses a token's level: this one and
         #   those below code the token, each the rest of the last. "top1": only that level, so
-        #   nothing is decomposed (--plant tree: EV 0.97, not 0.99, children not above parents);
+        #   nothing is decomposed (--plant tree: EV .963, not .978, children not above parents);
         #   "soft": codes are rescaled, nothing is routed or could degenerate / --routing
         p = self.router(h).float().softmax(-1) if self.levels > 1 else torch.ones_like(h[..., :1])
         if self.cfg.routing == "soft":
@@ -324,7 +324,7 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
 
     x (B, T, D) raw, mask (B, T), n () number of scored tokens in the whole (global) batch.
     Reductions: reconstruction sums over D, sparsity over F, prediction averages over D, the other
-    temporal terms are one number a token; all are averaged over scored tokens.
+    temporal terms are one number a token; all average over scored tokens. Routing: one number.
     """
     n = n.clamp(min=1)
     f, p, choice = sae.recompute(sae.code, x, mask)
@@ -433,7 +433,7 @@ def update_margin(sae, s, cfg):
     alpha = torch.where(s == 0, 1.0, cfg.margin_decay if cfg.adapt else 1.0)   # silent: no s_t
     mean, std = sae.margin_mean, sae.margin_std
     # Eq. 3 (Sec. 4.2), Eq. 11 (Sec. 5.4): mu_t = alpha mu_{t-1} + (1 - alpha) s_t, mu_0 = s_0
-    mean.copy_(torch.where(mean.nan_to_num() == 0, s, alpha * mean + (1 - alpha) * s))
+    mean.copy_(torch.where(mean == 0, s, alpha * mean + (1 - alpha) * s))
     # Eq. 4, Eq. 12 (Sec. 5.4): sigma_t = sqrt(alpha sigma_{t-1}^2 + (1 - alpha) (s_t - mu_t)^2)
     std.copy_((alpha * std.square() + (1 - alpha) * (s - mean).square()).sqrt())
     # Eq. 5, Eq. 13 (Sec. 5.4): m_t = mu_t + 2 sigma_t

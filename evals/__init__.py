@@ -56,6 +56,13 @@ def open_run(folder, device="auto", cache=None):
     return sae.eval(), acts, folder
 
 
+def coded(sae, acts):
+    """Held-out batches as the SAE sees them: x, x_hat (B, T, D), f (B, T, F), all fp32, mask."""
+    for x, mask in acts.heldout():
+        x_hat, f = sae(x, mask)
+        yield x, x_hat.float(), f.float(), mask
+
+
 def run_eval(name, evaluate, doc, argv=None):
     """Main of an evaluation: adds its results to RUN/eval.json and prints them -> exit status."""
     def job():

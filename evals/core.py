@@ -16,11 +16,8 @@ from common import UserError, intervene
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
     """Core metrics on the held-out windows; with a language model also cross-entropy and KL."""
-    def batches():
-        for x, mask in acts.heldout():
-            x_hat, f = sae(x, mask)
-            yield x, x_hat.float(), f.float(), mask
-    return {**core_metrics(batches()), **(splice_metrics(sae, acts) if acts.lm else {})}
+    spliced = splice_metrics(sae, acts) if acts.lm else {}
+    return {**core_metrics(evals.coded(sae, acts)), **spliced}
 
 
 @torch.no_grad()

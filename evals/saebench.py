@@ -30,7 +30,7 @@ import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 
-from evals import run_eval
+from evals import NOTHING_SCORED, coded, run_eval
 
 CORE_BATCHES = (200, 2000, 16)      # for reconstruction, for sparsity, and prompts in each
 KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first three
@@ -39,11 +39,7 @@ KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
     """SAEBench's core values on the held-out windows, as a dict; needs no language model."""
-    def batches():
-        for x, mask in acts.heldout():
-            x_hat, f = sae(x, mask)
-            yield x, x_hat.float(), f.float(), mask
-    return metrics(batches(), sae.W_dec, getattr(sae, "W_enc", None))
+    return metrics(coded(sae, acts), sae.W_dec, getattr(sae, "W_enc", None))
 
 
 @torch.no_grad()
@@ -67,8 +63,7 @@ def metrics(batches, W_dec=None, W_enc=None):
         active = active + (f > 0).double().sum(0)
         D = x.shape[1]
     if not tokens:
-        raise common.UserError("no scored held-out token: take more text with --heldout_tokens or "
-                               "other --data.")
+        raise common.UserError(NOTHING_SCORED)
     tokens, (S, R, bias) = torch.cat(tokens), torch.stack(ratios).mean(0).tolist()
     names = ("l0", "l1", "l2_norm_in", "l2_norm_out", "l2_ratio", "cossim", "mse",
              "explained_variance_legacy")

@@ -22,7 +22,7 @@ import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 
-from evals import run_eval
+from evals import NOTHING_SCORED, run_eval
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -62,8 +62,7 @@ def evaluate(sae, acts, folder=None):
             sums["a + b", lag] += a.double().sum((0, 1)) + b.double().sum((0, 1))
             sums["pairs", lag] += both.sum()
     if sums["tokens"] == 0:
-        raise common.UserError("no scored held-out token: take more text with --heldout_tokens or "
-                               "other --data.")
+        raise common.UserError(NOTHING_SCORED)
     sums = {name: value.double() for name, value in sums.items()}
     n, pairs = sums["tokens"], sums["pairs"].clamp(min=1)
     mean = sums["f"] / n                                                  # (F,)

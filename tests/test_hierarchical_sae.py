@@ -30,7 +30,7 @@ def hs(D=16, shift=0.6, **values):
             if name in ("margin_mean", "margin_std", "attribution"):
                 value.copy_(0.3 * torch.rand(value.shape, generator=gen))
         if hasattr(sae, "margin_mean"):
-            sae.margin_mean[::5] = math.nan                    # features not seen yet
+            sae.margin_mean[::5] = 0.0                         # features not seen yet
     return sae, cfg
 
 
@@ -167,7 +167,7 @@ def adversarial(p, codes, cfg, parts):
         alpha = cfg.margin_decay if cfg.adapt else 1.0
         for i, value in enumerate(s):
             v, mean, std = value.item(), p["margin_mean"][i].item(), p["margin_std"][i].item()
-            mean = v if math.isnan(mean) else alpha * mean + (1 - alpha) * v          # Eq. 3
+            mean = v if mean == 0 else alpha * mean + (1 - alpha) * v          # Eq. 3
             std = math.sqrt(alpha * std ** 2 + (1 - alpha) * (v - mean) ** 2)         # Eq. 4
             total = total + (value - (mean + 2 * std)).clamp(min=0) ** 2              # Eq. 5
     if parts["orthogonality"]:
@@ -374,7 +374,7 @@ def test_hierarchical_margin_by_hand():
     """Eq. 3 to 5: a jump passes its margin, a drift never, noise at 2 % of the steps. Eq. 7."""
     def margins(values, **flags):
         sae, cfg = hs(variant="self-aligning", **flags)
-        sae.margin_mean.fill_(math.nan), sae.margin_std.fill_(0.0)
+        sae.margin_mean.fill_(0.0), sae.margin_std.fill_(0.0)
         return [(s, hierarchical_sae.update_margin(sae, s, cfg)) for s in values]
     mean, std, values = 0.2, 0.0, (0.2, 0.4, 0.4, 0.1)
     for s, margin in margins([torch.full((16,), s) for s in values]):
