@@ -1,30 +1,37 @@
 """What the text says about the code is so: maps, open points, commands, paths, copies, imports."""
 import ast
-import importlib
+import inspect
+import operator
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import types
 
 import test_all
 from tests import exercises, helpers
-from tests.helpers import HERE, SCRIPTS, folder, modules, replaced, run, skip
+from tests.helpers import HERE, SAES, SCRIPTS, folder, modules, replaced, run, skip
 
 import common
 
 BOUNDS = {"tsae.py": 380, "temporal_lens.py": 400, "mtsae.py": 500, "hierarchical_sae.py": 580,
           "common.py": 1100, "test_all.py": 80, "evals/*.py": 250}         # lines of one file
 TOGETHER = {"tests": 3700, "benchmarks": 1900, "all": 11900}
-PATHS = [path for name in ("*.py", "evals/*.py", "benchmarks/*.py", "data/*.py", "docs/*.py",
-                           "tests/*.py") for path in HERE.glob(name)]
-SOURCES = {str(path.relative_to(HERE)): path.read_text() for path in PATHS}
-DOCS = {str(path.relative_to(HERE)): path.read_text() for path in (
-    HERE / "README.md", HERE / "benchmarks/README.md", *sorted(HERE.glob("docs/*.md")))}
-ROOMS = {**dict.fromkeys(SCRIPTS, "scripts"), "test_all": "tests"}
 DOWN = {"common": (), "scripts": ("common",), "data": ("common", "data"), "docs": (),
         "evals": ("common", "data", "evals"),
         "benchmarks": ("common", "data", "evals", "scripts", "benchmarks")}
+DOWN["tests"] = (*DOWN, "tests")
+SOURCES = {str(path.relative_to(HERE)): path.read_text() for folder_name in (".", *DOWN)
+           for path in HERE.glob(f"{folder_name}/*.py")}
+DOCS = {str(path.relative_to(HERE)): path.read_text() for path in (
+    HERE / "README.md", HERE / "benchmarks/README.md", *sorted(HERE.glob("docs/*.md")))}
+
+
+def room(name):
+    """The key of DOWN for a path, or for an import's name."""
+    name = re.split(r"[/.]", name)[0]
+    return "scripts" if name in SCRIPTS else "tests" if name == "test_all" else name
 
 
 def parts(path):
@@ -33,16 +40,10 @@ def parts(path):
     return doc, SOURCES[path][SOURCES[path].find(doc) + len(doc):]
 
 
-def has(owner, names):
-    """Whether owner.a.b exists; a field of a dataclass counts, and what an SAE makes of itself."""
-    for name in names.split("."):
-        source = SOURCES.get(f"{getattr(owner, '__module__', '')}.py", "")
-        if name in getattr(owner, "__dataclass_fields__", {}) or f"self.{name}" in source:
-            return True
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
+def defines(path, names):
+    """Whether a module has what is called a.b: functions, classes, fields, attributes of self."""
+    body = parts(path)[1]
+    return all(re.search(rf"^ *(def |class |.*self\.)?{n}\b", body, re.M) for n in names.split("."))
 
 
 def test_line_bounds():
@@ -50,59 +51,48 @@ def test_line_bounds():
     for pattern, bound in BOUNDS.items():
         for path in HERE.glob(pattern):
             assert lines[str(path.relative_to(HERE))] <= bound, f"{path} exceeds {bound} lines"
-    for room, bound in TOGETHER.items():
-        n = sum(n for path, n in lines.items() if room in ("all", path.split("/")[0]))
-        assert n <= bound, f"{room}: {n} lines of Python together, more than {bound}"
+    for name, bound in TOGETHER.items():
+        n = sum(n for path, n in lines.items() if name in ("all", path.split("/")[0]))
+        assert n <= bound, f"{name}: {n} lines of Python together, more than {bound}"
 
 
-def test_imports_never_run_upwards():
+def test_imports_never_run_upwards_and_nothing_is_unpickled():
     """tests, benchmarks -> scripts, evals -> common; common opens others by name at run time."""
     for path, text in SOURCES.items():
-        room = path.split("/")[0].removesuffix(".py")
-        room, tree = ROOMS.get(room, room), ast.parse(text)
-        for node in ast.iter_child_nodes(tree) if room == "common" else ast.walk(tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
-            for name in (name.split(".")[0] for name in names):
-                known = ROOMS.get(name, name) in DOWN or name == "tests"
-                assert room == "tests" or not known or ROOMS.get(name, name) in DOWN[room], (
-                    f"{path} imports {name}")
-        if room == "scripts":
-            assert "autograd.Function" not in text and text.index("\nimport common") < text.index(
-                "\nimport torch"), path
+        indent = "" if path == "common.py" else " *"
+        for name in map(room, re.findall(rf"^{indent}(?:from|import) ([\w.]+)", text, re.M)):
+            assert name not in DOWN or name in DOWN[room(path)], f"{path} imports {name}"
         for word in ("torch.load(", "pickle.load", "trust_remote_code=True", "allow_pickle=True"):
-            assert room == "tests" or word not in text, (path, word)
+            assert room(path) == "tests" or word not in text, (path, word)
 
 
 def test_paper_maps_name_what_exists_and_each_equation_is_cited():
-    for script, module in SCRIPTS.items():
-        doc, body = parts(f"{script}.py")
+    for path in (f"{name}.py" for name in SCRIPTS):
+        doc, body = parts(path)
         text = re.search(r"^Paper *(?:->|→) *code.*\n((?:(?: .*)?\n)+?)(?=\S)", doc, re.M)[1]
-        rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if line.strip()]
-        rows = [row for row in rows if re.match(r"([A-E]\.|Eq|Sec|Alg|Table|Fig)", row[0])]
-        assert len(rows) >= 6, script
-        for place, names, *_ in rows:
+        rows = re.findall(r"^ +((?:[A-E]\.|Eq|Sec|Alg|Table|Fig).*?)  +(.*?)(?:  .*)?$", text, re.M)
+        assert len(rows) >= 6, path
+        for place, names in rows:
             for name in re.findall(r"[A-Za-z_][\w./]*", names):
-                found = (HERE / name).exists() if "/" in name else has(module, name)
-                assert found, f"{script}: {place} names {name}, which does not exist"
+                found = (HERE / name).exists() if "/" in name else defines(path, name)
+                assert found, f"{path}: {place} names {name}, which does not exist"
             for equation in re.findall(r"(?:\b[A-E]\.)?\d+", place.split("Sec")[0]):
-                assert re.search(rf"Eqs?\. [A-E\d., -]*\b{equation}\b", body), (script, place)
+                assert re.search(rf"Eqs?\. [A-E\d., -]*\b{equation}\b", body), (path, place)
 
 
 def test_open_points_are_declared_argued_and_mean_one_thing():
     meaning = {}
-    for path in [f"{name}.py" for name in SCRIPTS] + [p for p in SOURCES if p.startswith("evals/")]:
+    for path in (path for path in SOURCES if room(path) in ("scripts", "evals")):
         doc, body = parts(path)
         declared = dict(re.findall(r"^ +open ([A-ES]\.\w+) +(.+)", doc, re.M))
         assert set(re.findall(r"# open ([A-ES]\.\w+):", body)) == set(declared), path
-        assert len(declared) >= 4 or path.startswith("evals/"), path
+        assert len(declared) >= 4 or room(path) == "evals", path
         for name, text in declared.items():
             question = re.split(r"  +|--", text)[0].strip()
             assert meaning.setdefault(name, question) == question, (name, meaning[name], question)
-            for flag in re.findall(r"--([a-z]\w*(?:-\w+)?)", text):
-                fields = SCRIPTS[path.removesuffix(".py")].Config.__dataclass_fields__
-                bare = flag.removeprefix("no-")
-                assert bare in fields and (bare == flag or fields[bare].default is True), flag
+            for no, flag in re.findall(r"--(no-)?([a-z]\w*)", text):
+                field = SCRIPTS[path.removesuffix(".py")].Config.__dataclass_fields__[flag]
+                assert not no or field.default is True, (path, flag)
     for path, text in DOCS.items():
         named = set(re.findall(r"`([A-ES]\.[a-z_]\w+)`", text))
         assert named <= set(meaning), f"{path} names {named - set(meaning)}"
@@ -111,29 +101,20 @@ def test_open_points_are_declared_argued_and_mean_one_thing():
 
 
 def test_guarded_copies_have_not_drifted():
-    def functions(path):
-        found = {}
-
-        def visit(node, prefix):
-            for child in ast.iter_child_nodes(node):
-                if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                    found[prefix + child.name] = child
-                    visit(child, prefix + child.name + ".")
-        visit(ast.parse(SOURCES[path]), "")
-        return found
-
-    def shape(node):
-        node.body = [n for n in node.body if not (
-            isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]     # without docstring
+    def shape(function):
+        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        node.body = node.body[ast.get_docstring(node) is not None:]
         return ast.dump(node)
-    marks = [(path, line, *mark) for path, text in SOURCES.items()
-             for line, code in enumerate(text.splitlines(), 1)
-             for mark in re.findall(r"# SAME AS ([\w/]+\.py):([\w.]+)", code)]
-    assert len(marks) >= 4
-    for path, line, other, there in marks:                 # on the definition's line or above it
-        node = min((n.lineno, n.name, n) for n in functions(path).values() if n.lineno >= line)[2]
-        assert shape(node) == shape(functions(other)[there]), (
-            f"{path}:{node.name} has drifted from {other}:{there}")
+    count = 0
+    for script, module in SCRIPTS.items():
+        for function in (*vars(module).values(), *vars(getattr(module, SAES[script])).values()):
+            mark = inspect.isfunction(function) and re.search(
+                r"# SAME AS (\w+)\.py:([\w.]+)", inspect.getsource(function))
+            if mark:
+                there = operator.attrgetter(mark[2])(SCRIPTS[mark[1]])
+                assert shape(function) == shape(there), f"{script}.py: no more {mark[0]}"
+                count += 1
+    assert count == sum(SOURCES[f"{name}.py"].count("# SAME AS") for name in SCRIPTS) >= 4
 
 
 def test_commands_parse():
@@ -142,10 +123,9 @@ def test_commands_parse():
         return common.guard(lambda: common.configure(
             module.Config, module.LAPTOP, getattr(module, "defaults", None), argv) and 0)
     count, parser = 0, types.SimpleNamespace(main=configured)
-    texts = {**DOCS, **{path: parts(path)[0] for path in SOURCES}}
-    command = r"python3? (-m [\w.]+|[\w/]+\.py)([^\n`#|>;&]*)"
-    for path, text in texts.items():
-        for program, words in re.findall(command, text.replace("\\\n", " ")):
+    for path, text in {**DOCS, **{path: parts(path)[0] for path in SOURCES}}.items():
+        for program, words in re.findall(r"python3? (-m [\w.]+|[\w/]+\.py)([^\n`#|>;&]*)",
+                                         text.replace("\\\n", " ")):
             words = re.split(r" {2,}", words.strip())[0]           # a remark may stand behind
             words = re.sub(r"[][]|\.\.\.|…", " ", words).split()
             name, count = program.removeprefix("-m ").removesuffix(".py"), count + 1
@@ -154,22 +134,23 @@ def test_commands_parse():
                 assert status == 0 or "--device" in words, (path, program, words, err)
             elif name == "test_all":
                 assert all(word == "--slowest" or test_all.collect([word]) for word in words), path
-            elif name.split(".")[0] in ("evals", "benchmarks") or not program.startswith("-m"):
+            elif name.split(".")[0] in DOWN or not program.startswith("-m"):
                 file = HERE / (name.replace(".", "/") + ".py")
                 assert file.exists() or file.stem.isupper(), f"{path}: {program}"     # NAME
     assert count >= 30
 
 
 def test_links_paths_and_names_exist():
-    count, modules = 0, "|".join([*SCRIPTS, "common", r"evals\.\w+", r"benchmarks\.\w+"])
+    count = 0
     for page, text in DOCS.items():
         for path in re.findall(r"\]\(((?!http)[^)\s#]+)", text):
             assert ((HERE / page).parent / path).exists(), f"{page} links to {path}"
-        for path in re.findall(rf"`((?:results|{'|'.join(DOWN)}|tests)/[\w./-]+\.\w+)`", text):
+        for path in re.findall(rf"`((?:results|{'|'.join(DOWN)})/[\w./-]+\.\w+)`", text):
             assert (HERE / path).exists(), f"{page} names {path}"
-        for name, attribute in re.findall(rf"`({modules})\.([A-Za-z_][\w.]*)\b", text):
-            if attribute != "py":
-                assert has(importlib.import_module(name), attribute), f"{page}: {name}.{attribute}"
+        for name, attribute in re.findall(r"`([a-z_.]+)\.([A-Za-z_][\w.]*)\b", text):
+            path = name.replace(".", "/") + ".py"
+            if path in SOURCES and attribute != "py":
+                assert defines(path, attribute), f"{page} names {name}.{attribute}"
                 count += 1
     assert count >= 20
 
@@ -191,9 +172,8 @@ def test_exercises_pass_when_right_and_fail_when_unchanged_or_wrong():
             with folder() as here:
                 module.__file__ = shutil.copy(HERE / f"{script}.py", here)
                 if kind != "unchanged":
-                    patch = HERE / f"docs/solutions/exercise_{n}{kind}.patch"
-                    done = subprocess.run([*tool, patch], cwd=here, capture_output=True, text=True)
-                    assert done.returncode == 0, f"{patch.name} does not apply: {done.stderr}"
+                    subprocess.run([*tool, HERE / f"docs/solutions/exercise_{n}{kind}.patch"],
+                                   cwd=here, check=True)
                 with replaced(helpers, "SCRIPTS", {**SCRIPTS, script: module}), \
                         modules(**{script: module}):
                     exec(compile((here / f"{script}.py").read_text(), script, "exec"), vars(module))
