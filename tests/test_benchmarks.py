@@ -1,11 +1,9 @@
 """Benchmarks: runs made once and collected, verdicts that follow the numbers, timings of toys."""
-import argparse
 import contextlib
 import importlib
 import io
 import json
 import math
-import re
 import shutil
 import sys
 import types
@@ -15,14 +13,19 @@ from tests.helpers import HERE, SCRIPTS, TINY, folder, replaced, run
 import common
 import torch
 
-from benchmarks import claims, experiments, peers, throughput
+from benchmarks import claims, controls, experiments, peers, throughput
+
+
+def silent():
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def test_every_recorded_command_is_one_that_its_script_takes():
-    suites = [row for suite in experiments.SUITES.values() for row in suite.values()]
-    for row in {*claims.RUNS.values(), *suites}:
+    tables = [*experiments.SUITES.values(), claims.RUNS,
+              *(control.table(paper) for paper, control in controls.CONTROLS.items())]
+    for row in {row for table in tables for row in table.values()}:
         module = importlib.import_module(row.script)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             common.configure(module.Config, module.LAPTOP, getattr(module, "defaults", None),
                              [*row.flags.split(), "--eval", row.evals])
     for key in claims.asked(claims.CLAIMS):
@@ -41,95 +44,81 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
     Row, key = experiments.Row, "plain | layer 0"
     one, more = (Row("tsae", f"--no-temporal {flags}", evals, seeds=(1, 2), layers=(0,))
                  for evals in ("core", "core,temporal"))
-    with folder() as here, replaced(experiments, "RUNS", here / "runs"), \
-            replaced(experiments.subprocess, "run", in_process), \
-            contextlib.redirect_stdout(io.StringIO()):
+    with folder() as here, replaced(experiments, "RUNS", here / "runs"), silent(), \
+            replaced(experiments.subprocess, "run", in_process):
         experiments.run([one], workers=1)
         out = one.folder(0, 1)
-        assert out == Row("tsae", f"{flags}  --no-temporal").folder(0, 1) != out.with_name("x")
+        assert out == Row("tsae", f"{flags}  --no-temporal").folder(0, 1)
         weights = (out / "sae_weights.safetensors").read_bytes()
         assert experiments.lacks(out, "core,temporal") == ["temporal"]
         experiments.run([more], workers=1)
         assert experiments.lacks(out, "core,temporal") == []
         assert (out / "sae_weights.safetensors").read_bytes() == weights, "trained again"
-        metrics = experiments.COLUMNS.values()
-        table = experiments.collect({"plain": more}, {}, metrics)
+        table = experiments.collect({"plain": more}, {}, ["core.EV"])
         values = table[key]["values"]["core.EV"]
         assert set(values) == {"1", "2"} and values["1"] != values["2"]
         shutil.rmtree(out)                                 # recorded on another machine
-        again = experiments.collect({"plain": more}, table, metrics)
+        again = experiments.collect({"plain": more}, table, ["core.EV"])
         assert again[key]["values"]["core.EV"] == values
         assert "| plain, layer 0 | 2 |" in experiments.show(again)
 
 
-def test_claims_verdicts_flip_with_the_numbers():
-    assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
-    for claim in claims.CLAIMS:
-        low, high = claim.low, claim.high
-        inside = low if math.isfinite(low) else high
-        outside = low - 1 if math.isfinite(low) else high + 1
-        for value, want in ((inside, "reproduced"), (outside, "refuted (in all readings tried)")):
-            with replaced(claims, "values", lambda *_: [value] * 3):
-                found = claims.judge(claim, {})["verdict"]
-            assert found == ("not testable here" if claim.untestable else want), (claim.id, found)
-        assert claims.judge(claim, {})["verdict"] in ("not run", "not testable here"), claim.id
-        assert bool(claim.untestable) != bool(claim.readings and claim.criterion), claim.id
-
-
-def test_claims_values_by_hand():
+def test_claims_verdicts_follow_from_the_numbers():
     table = {f"{run} | layer {layer}": {"values": {"m": dict(zip(("42", "43"), numbers))}}
              for run, layer, numbers in (("A", 19, (0.77, 1.54)), ("B", 19, (1.0, 2.0)),
                                          ("A", 5, (3.0, 4.0)))}
     for item, want in (("A", [0.77, 1.54]), ("A@5", [3.0, 4.0]), ("A / B", [-0.23, -0.23]),
                        ("B - A", [0.23, 0.46]), ("A@5: m", [3.0, 4.0]), ("C", [])):
         found = claims.values(table, item, "m")
-        assert len(found) == len(want), item
-        assert all(abs(a - b) < 1e-9 for a, b in zip(found, want)), (item, found)
+        assert torch.allclose(torch.tensor(found), torch.tensor(want)), (item, found)
     for numbers, want in (([1, 1, 1], "holds"), ([3] * 3, "fails"), ([1.5, 2.5, 1.6], "undecided")):
         assert claims.state(numbers, 0, 2) == want, numbers
+    assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
+    for claim in claims.CLAIMS:
+        inside = claim.low if math.isfinite(claim.low) else claim.high
+        outside = claim.low - 1 if math.isfinite(claim.low) else claim.high + 1
+        for numbers, want in (([inside] * 3, "reproduced"), ([], "not run"),
+                              ([outside] * 3, "refuted (in all readings tried)")):
+            with replaced(claims, "values", lambda *_: numbers):
+                found = claims.judge(claim, {})["verdict"]
+            assert found == ("not testable here" if claim.untestable else want), (claim.id, found)
+        assert bool(claim.untestable) != bool(claim.readings and claim.criterion), claim.id
 
 
 def test_claims_pages_follow_from_the_recorded_numbers():
     """Verdicts and page in the tree are what the recorded values give, byte for byte."""
     data = json.loads((HERE / "results/claims.json").read_text())
     again = json.loads(json.dumps(claims.ledger(data["runs"])))
-    assert [c["id"] for c in again["claims"]] == [c["id"] for c in data["claims"]]
-    for old, new in zip(data["claims"], again["claims"]):
+    for old, new in zip(data["claims"], again["claims"], strict=True):
         assert old == new, (old, new)
     assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
 
 
 def test_throughput_times_steps_and_random_gemma_as_a_toy():
-    asked = []
+    asked = set()
 
     def command(script, model, out, layer, more, processes=1, kill=False):
-        asked.append((script, processes, kill, any("--resume" in flag for flag in more)))
+        asked.add((script, processes, kill, any("--resume" in flag for flag in more)))
         return {"status": 0}
     for script in SCRIPTS:
         seconds = throughput.step_seconds(script, {}, 16, torch.float32, 3, 1, sequences=2, T=8)
         assert len(seconds) == 2 and min(seconds) > 0, script
-    with folder() as here, replaced(throughput, "command", command), \
-            contextlib.redirect_stdout(io.StringIO()) as said:
+    with folder() as here, replaced(throughput, "command", command), silent() as said:
         throughput.main(["--random_gemma", "--toy", "--cases", "standard, ReLU", "--sequences", "2",
                          "--out", str(here)])
         table = json.loads((here / "gpu.json").read_text())
-    assert len(set(asked)) == 4 * len(SCRIPTS), "run, two processes, killed, resumed"
+    assert len(asked) == 4 * len(SCRIPTS), "run, two processes, killed, resumed"
     assert len(table["rows"]) == 4 and table["lm_tokens/s"] > 0 and "| case |" in said.getvalue()
     assert all(row.get("tokens/s", 0) > 0 for row in table["rows"] if not row["compile"])
 
 
 def test_peers_ours_runs_and_a_missing_package_is_a_row():
     libraries = {"ours": peers.LIBRARIES["ours"], "other": ("no-such-package-of-saes", None)}
-    with folder() as here, replaced(peers, "LIBRARIES", libraries), \
-            replaced(peers, "start", peers.one), contextlib.redirect_stdout(io.StringIO()) as said:
+    with folder() as here, replaced(peers, "LIBRARIES", libraries), silent(), \
+            replaced(peers, "start", peers.one):
         peers.main("--D 16 --expansions 4 --dtypes float32 --repeats 1 --out .".split())
-        relu, topk, missing = json.loads((here / "peers.json").read_text())["rows"]
-    assert re.search(r"other.*not installed", said.getvalue()) and missing["library"] == "other"
-    for row in (relu, topk):
+        *ours, missing = json.loads((here / "peers.json").read_text())["rows"]
+    assert missing == {"library": "other", "reason": "not installed"} and len(ours) == 2
+    for row in ours:
         assert row["F"] == 64 and row["ours/this"] == 1 and row["floor/step"] > 0
         assert 0 < row["slowest"] <= row["thousand tokens/s"] <= row["fastest"]
-    args = argparse.Namespace(D=16, steps=1, expansions="4", dtypes="float32")
-    for name, (package, _) in peers.LIBRARIES.items():     # each that is installed takes its steps
-        if package and importlib.util.find_spec(package.replace("-", "_")):
-            for row in peers.start(name, args):
-                assert row["reason"] or len(row["seconds"]) >= 1, (name, row)
