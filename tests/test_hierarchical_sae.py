@@ -1,4 +1,4 @@
-"""hierarchical_sae.py (paper B) against token-by-token references and torch's own layers."""
+"""hierarchical_sae.py (paper B) against a reference made of torch's own layers."""
 import hierarchical_sae             # before torch: common.py sets how OpenMP threads wait
 import math
 
@@ -6,13 +6,13 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-import common
 import tsae
-from tests.helpers import config
-from tests.test_scripts import agree, cosine, keep_largest, logged, mixed, recovered, shake
-
-VARIANTS = tuple(hierarchical_sae.VARIANTS)
+from tests.helpers import config, refused_with
+from tests.test_mtsae import cosine
+from tests.test_scripts import agree, logged, mixed, recovered, shake
+from tests.test_tsae import keep_largest, standard
 
 
 def hs(D=16, shift=0.6, **values):
@@ -37,221 +37,143 @@ def hs(D=16, shift=0.6, **values):
 # --- Eq. 1, 2, 9, 10: token mixing -----------------------------------------------------------
 
 
-def linear_layer(p, name, v):
-    out = p[f"{name}.weight"] @ v
-    return out + p[f"{name}.bias"] if f"{name}.bias" in p else out
-
-
-def local(p, h, mask, cfg):
-    """Eq. 10: Conv1D(ReLU(Conv1D(h))), kernel 3, padding 1; masked tokens stay 0."""
-    before = (-2, -1, 0) if cfg.causal else (-1, 0, 1)
-
-    def convolve(name, rows):
-        zero = torch.zeros_like(rows[0])
-        out = []
-        for t in range(len(rows)):
-            window = [rows[t + i] if 0 <= t + i < len(rows) else zero for i in before]
-            out.append(linear_layer(p, name, torch.cat(window)))
-        return out
-    hidden = [torch.relu(v) * mask[t] for t, v in enumerate(convolve("conv1", h))]
-    return convolve("conv2", hidden)
-
-
-def attend(p, h, mask, cfg, heads=8):
-    """Eq. 2, 9: MultiHead(W_Q x, W_K x, W_V x); keys are the scored tokens and oneself."""
-    size = len(h[0]) // heads
-    q, k, v = (torch.stack(rows) for rows in zip(*[
-        linear_layer(p, "W_qkv", row).view(3, heads, size).unbind() for row in h]))   # (T, H, size)
-    out = []
-    for t in range(len(h)):
-        if not mask[t]:
-            out.append(torch.zeros_like(h[t]))                 # nobody reads it
-            continue
-        keys = [u for u in range(len(h)) if (mask[u] or u == t) and (u <= t or not cfg.causal)]
-        each = []
-        for i in range(heads):
-            weight = torch.exp(k[keys, i] @ q[t, i] / math.sqrt(size))
-            each.append(weight / weight.sum() @ v[keys, i])
-        out.append(linear_layer(p, "W_out", torch.cat(each)))
-    return out
-
-
 def context(p, h, mask, cfg):
-    """Eq. 1, as it is composed: what the encoder reads."""
-    h = [row * mask[t] for t, row in enumerate(h)]
-    near = local(p, h, mask, cfg) if cfg.conv else h
+    """Eq. 1, as it is composed: what the encoder reads of one window h (T, D)."""
+    (T, D), scored = h.shape, mask[:, None]
+    h = h * scored
+
+    def convolve(v, name):                                     # kernel 3, padding 1
+        v = F.pad(v.t(), (2, 0) if cfg.causal else (1, 1))
+        weight = p[f"{name}.weight"].view(D, 3, D).transpose(1, 2)
+        return F.conv1d(v, weight, p[f"{name}.bias"]).t()
+
+    def attend(v):                                             # keys: scored tokens and oneself
+        hide = ~(mask | torch.eye(T).bool()) | (cfg.causal * torch.ones(T, T)).triu(1).bool()
+        weights = {"in_proj_weight": p["W_qkv.weight"], "out_proj.weight": p["W_out.weight"]}
+        layer = nn.MultiheadAttention(D, 8, bias=False).double()
+        return functional_call(layer, weights, (v, v, v), dict(attn_mask=hide))[0]
+    near = h
+    if cfg.conv:                                               # Eq. 10
+        near = convolve(torch.relu(convolve(h, "conv1")) * scored, "conv2")
     if cfg.compose == "literal":                               # f_temp(f_local(h))
-        return attend(p, near, mask, cfg)
+        return attend(near)
     if cfg.compose == "parallel":                              # Sec. 5.3: complementary
-        far = attend(p, h, mask, cfg)
-        return [a + b + c if cfg.conv else a + b for a, b, c in zip(h, far, near)]
-    return [a + b for a, b in zip(h, attend(p, near, mask, cfg))]
+        return h + attend(h) + (near if cfg.conv else 0)
+    return h + attend(near)
 
 
 # --- Sec. 1, 3.2: levels, routing, code ------------------------------------------------------
 
 
 def route(p, h, levels, cfg):
-    """The router's choice for one token (sums to 1), and the gate that multiplies each level."""
+    """The router's choice for each token (sums to 1), and the gate that multiplies each level."""
     if levels == 1:
-        return torch.ones(1).double(), torch.ones(1).double()
-    logits = linear_layer(p, "router", h)
-    share = torch.exp(logits) / torch.exp(logits).sum()
+        return torch.ones(2, *h.shape[:-1], 1)
+    share = torch.softmax(F.linear(h, p["router.weight"], p["router.bias"]), -1)
     if cfg.routing == "soft":
         return share, levels * share
-    choice = torch.zeros(levels).double()
-    choice[share.argmax()] = 1.0
-    choice = choice + share - share.detach()                   # straight-through: forward one-hot
+    choice = F.one_hot(share.argmax(-1), levels) + share - share.detach()    # straight-through
     if cfg.routing == "top1":
         return choice, choice
-    return choice, torch.stack([sum(choice[level:]) for level in range(levels)])   # nested
+    return choice, torch.stack([choice[..., level:].sum(-1) for level in range(levels)], -1)
 
 
-def encode_window(p, x, mask, sizes, cfg, parts):
-    """Codes f_t and choices of levels of one window, x (T, D) in units of the scale."""
-    h = [v - p["b_dec"] for v in x]
-    read = context(p, h, mask, cfg) if parts["temporal"] else h
-    codes, choices = [], []
-    for t in range(len(h)):
-        choice, gate = route(p, h[t], len(sizes), cfg)
-        rest, code, first = read[t], [], 0
-        for level, size in enumerate(sizes):                   # level l codes what is left over
-            here = slice(first, first + size)
-            pre = rest @ p["W_enc"][:, here] + p["b_enc"][here]
-            if cfg.activation == "topk":
-                share = (cfg.k + len(sizes) - 1 - level) // len(sizes)     # larger ones first
-                z = keep_largest(pre, min(cfg.k, size) if cfg.routing == "top1" else share)
-            else:
-                z = torch.relu(pre)
-            code.append(z * gate[level])
-            rest, first = rest - code[-1] @ p["W_dec"][here], first + size
-        codes.append(torch.cat(code))
-        choices.append(choice)
-    return codes, choices
-
-
-def consistency(a, b, p, cfg):
-    """c_psi: cosine of the codes, each feature times its learned positive weight."""
-    if cfg.consistency == "learned":
-        a, b = a * torch.exp(p["log_psi"]), b * torch.exp(p["log_psi"])
-    return cosine(a, b)
-
-
-def gru(p, rows):
-    """Two GRU layers over one window, then W_next."""
-    for layer in range(2):
-        w, u, b, c = (p[f"gru.{name}_l{layer}"] for name in ("weight_ih", "weight_hh", "bias_ih",
-                                                             "bias_hh"))
-        state, out = torch.zeros(len(b) // 3).double(), []
-        for v in rows:
-            i, s = (w @ v + b).chunk(3), (u @ state + c).chunk(3)
-            reset, update = torch.sigmoid(i[0] + s[0]), torch.sigmoid(i[1] + s[1])
-            new = torch.tanh(i[2] + reset * s[2])
-            state = (1 - update) * new + update * state
-            out.append(state)
-        rows = out
-    return [linear_layer(p, "W_next", v) for v in rows]
-
-
-def nearest_cosines(columns):
-    """s_i: the largest cosine of each vector to another one."""
-    return [max((cosine(a, b) for j, b in enumerate(columns) if j != i), key=lambda v: v.item())
-            for i, a in enumerate(columns)]
-
-
-def adversarial(p, codes, cfg, parts):
-    """Eq. 3 to 7, 16: lambda_adv L_adv. codes: f_t of all scored tokens."""
-    columns = list(torch.stack(codes).t()) if cfg.similarity == "code" else list(p["W_dec"])
-    s, total, spurious = nearest_cosines(columns), 0.0, 0.0
-    if parts["margin"]:
-        alpha = cfg.margin_decay if cfg.adapt else 1.0
-        for i, value in enumerate(s):
-            v, mean, std = value.item(), p["margin_mean"][i].item(), p["margin_std"][i].item()
-            mean = v if mean == 0 else alpha * mean + (1 - alpha) * v          # Eq. 3
-            std = math.sqrt(alpha * std ** 2 + (1 - alpha) * (v - mean) ** 2)         # Eq. 4
-            total = total + (value - (mean + 2 * std)).clamp(min=0) ** 2              # Eq. 5
-    if parts["orthogonality"]:
-        A = [v / max(p["attribution"].max().item(), 1e-30) for v in p["attribution"].tolist()]
-        limit = numpy.quantile(A, cfg.percentile)
-        above = [i for i in range(len(A)) if A[i] > limit]
-        for i in above:
-            total = total + parts["orthogonality"] * A[i] * s[i].clamp(min=0) ** 2
-        if cfg.spurious == "attribution":
-            spurious = sum(A[i] for i in above) / max(1, len(above))
+def encode(p, h, mask, sizes, cfg, temporal):
+    """Codes and choices of levels of windows h (B, T, D), centred, in units of the scale."""
+    choice, gate = route(p, h, len(sizes), cfg)
+    rest = torch.stack([context(p, *window, cfg) for window in zip(h, mask)]) if temporal else h
+    codes, first = [], 0
+    for level, size in enumerate(sizes):                       # level l codes what is left over
+        here = slice(first, first + size)
+        pre = rest @ p["W_enc"][:, here] + p["b_enc"][here]
+        if cfg.activation == "topk":
+            k = (cfg.k + len(sizes) - 1 - level) // len(sizes)     # larger ones first
+            z = keep_largest(pre, min(cfg.k, size) if cfg.routing == "top1" else k)
         else:
-            weighted = sum(A[i] * max(0.0, s[i].item()) for i in above)
-            spurious = weighted / max(sum(A[i] for i in above), 1e-30)
-    return cfg.adv_scale * max(spurious - 0.5, 0.1) * total                           # Eq. 7
+            z = torch.relu(pre)
+        codes.append(z * gate[..., level, None])
+        rest, first = rest - codes[-1] @ p["W_dec"][here], first + size
+    return torch.cat(codes, -1), choice
 
 
-def reference(x, mask, sizes, cfg):
+def temporal_terms(p, f, image, mask, cfg):
+    """Sec. 3.2, 5.1 for one window: 1 - c_psi, contrast with the others, surprise; summed."""
+    gru = {name[4:]: value for name, value in p.items() if name.startswith("gru.")}
+    layer = nn.GRU(image.shape[1], p["W_next.weight"].shape[1], 2).double()
+    predicted = functional_call(layer, gru, image)[0] @ p["W_next.weight"].t()
+    z = f * torch.exp(p["log_psi"]) if cfg.consistency == "learned" else f
+    c, total = cosine(z[:, None], z), torch.zeros(3)
+    for t in range(len(f) - 1):
+        if mask[t] and mask[t + 1]:
+            others = [u for u in range(len(f)) if u != t and mask[u]]
+            contrast = F.cross_entropy(c[t, others] / cfg.tau, torch.tensor(others.index(t + 1)))
+            surprise = F.mse_loss(predicted[t], image[t + 1].detach())
+            total = total + torch.stack([1 - c[t, t + 1], contrast, surprise])
+    return total
+
+
+def adversarial(p, f, cfg, parts):
+    """Eq. 3 to 7, 16: lambda_adv L_adv. f: codes of all scored tokens (n, F)."""
+    columns = f.t() if cfg.similarity == "code" else p["W_dec"]
+    s = cosine(columns[:, None], columns).fill_diagonal_(-2).max(1).values
+    total, spurious, now = 0.0, 0.0, s.detach()
+    if parts["margin"]:
+        alpha, mean, std = cfg.margin_decay if cfg.adapt else 1.0, p["margin_mean"], p["margin_std"]
+        mean = torch.where(mean == 0, now, alpha * mean + (1 - alpha) * now)                # Eq. 3
+        std = torch.sqrt(alpha * std ** 2 + (1 - alpha) * (now - mean) ** 2)                # Eq. 4
+        total = total + ((s - (mean + 2 * std)).clamp(min=0) ** 2).sum()                    # Eq. 5
+    if parts["orthogonality"]:
+        A = p["attribution"] / p["attribution"].max()
+        A = torch.where(A > numpy.quantile(A, cfg.percentile), A, 0.0)
+        total = total + parts["orthogonality"] * (A * s.clamp(min=0) ** 2).sum()
+        spurious = A[A > 0].mean().item()
+        if cfg.spurious == "similarity":
+            spurious = (A * now.clamp(min=0)).sum().item() / A.sum().item()
+    return cfg.adv_scale * max(spurious - 0.5, 0.1) * total                                 # Eq. 7
+
+
+def reference(p, x, mask, sizes, cfg):
     """Eq. 8, 16: the weighted terms."""
-    parts = hierarchical_sae.VARIANTS[cfg.variant]
-
-    def terms(p):
-        n, out, scored, share = mask.sum().item(), {"recon": 0.0}, [], 0.0
-        for b in range(len(x)):
-            m, h = mask[b].tolist(), x[b].double() / p["scale"]
-            if not any(m):
-                continue
-            f, choices = encode_window(p, h, m, sizes, cfg, parts)
-            image = [f[t] @ p["W_dec"] * m[t] for t in range(len(f))]
-            for t in range(len(f)):
-                if not m[t]:
-                    continue
-                error = ((h[t] - (image[t] + p["b_dec"])) ** 2).sum()
-                error = error / len(h[t]) if cfg.recon_reduction == "mean" else error
-                out["recon"] = out["recon"] + error / n
-                if cfg.activation == "relu":
-                    size = f[t].sum() / (len(f[t]) if cfg.l1_reduction == "mean" else 1)   # f >= 0
-                    out["l1"] = out.get("l1", 0.0) + cfg.l1 * size / n
-                share = share + choices[t]
-                scored.append(f[t])
-            if not (parts["temporal"] and cfg.lambda_temp):
-                continue
-            predicted = gru(p, image)
-            for t in range(len(f) - 1):
-                if not (m[t] and m[t + 1]):
-                    continue
-                c = {u: consistency(f[t], f[u], p, cfg) for u in range(len(f)) if u != t and m[u]}
-                rest = sum(torch.exp(v / cfg.tau) for v in c.values())
-                gap = (predicted[t] - image[t + 1].detach()) ** 2
-                for name, value in (("consistency", 1 - c[t + 1]),
-                                    ("contrastive", torch.log(rest) - c[t + 1] / cfg.tau),
-                                    ("prediction", gap.sum() / len(gap))):
-                    out[name] = out.get(name, 0.0) + cfg.lambda_temp * value / n
-        if len(sizes) > 1:
-            share = share / share.sum()
-            entropy = -sum(v * torch.log(v.clamp(min=1e-12)) for v in share)
-            out["routing"] = cfg.routing_weight * (math.log(len(sizes)) - entropy)
-        if parts["margin"] or parts["orthogonality"]:
-            out["adversarial"] = adversarial(p, scored, cfg, parts)
-        return out
+    parts, n = hierarchical_sae.VARIANTS[cfg.variant], mask.sum()
+    f, choice = encode(p, x.double() / p["scale"] - p["b_dec"], mask, sizes, cfg, parts["temporal"])
+    terms = standard(p, x, f, mask, cfg)
+    if "l1" in terms and cfg.l1_reduction == "mean":
+        terms["l1"] = terms["l1"] / f.shape[-1]
+    if parts["temporal"] and cfg.lambda_temp:
+        image = f @ p["W_dec"] * mask[..., None]
+        total = sum(temporal_terms(p, *window, cfg) for window in zip(f, image, mask))
+        names = ("consistency", "contrastive", "prediction")
+        terms |= zip(names, cfg.lambda_temp * total / n)
+    if len(sizes) > 1:
+        share = choice[mask].mean(0)
+        entropy = -(share * torch.log(share.clamp(min=1e-12))).sum()
+        terms["routing"] = cfg.routing_weight * (math.log(len(sizes)) - entropy)
+    if parts["margin"] or parts["orthogonality"]:
+        terms["adversarial"] = adversarial(p, f[mask], cfg, parts)
     return terms
 
 
 def terms_of(sae, x, mask, cfg):
-    """All terms of a step, as train() puts them together; statistics; what losses returns."""
-    terms, stats, (f, p, gate) = hierarchical_sae.losses(sae, x, mask, mask.sum(), 0, cfg)
+    """All terms of a step, as train() puts them together; statistics; the code."""
+    terms, stats, (f, _, _) = hierarchical_sae.losses(sae, x, mask, mask.sum(), 0, cfg)
     if sae.parts["margin"] or sae.parts["orthogonality"]:
         terms["adversarial"] = hierarchical_sae.adversarial_loss(sae, f, mask, cfg)[0]
     return terms, stats, f
 
 
-CASES = tuple(dict(variant=name) for name in VARIANTS) + (
+CASES = tuple(dict(variant=name) for name in hierarchical_sae.VARIANTS) + (
     dict(conv=False), dict(compose="literal"), dict(compose="parallel"), dict(causal=True),
     dict(compose="parallel", conv=False, causal=True), dict(consistency="cosine", tau=0.2),
     dict(lambda_temp=0.0), dict(gru_divisor=1, checkpointing=True), dict(activation="topk"),
     *(dict(variant="hierarchical", **flags) for flags in (
         dict(levels=1), dict(levels=5), dict(routing="top1"), dict(routing="soft"),
         dict(activation="topk", expansion=3), dict(activation="topk", routing="top1"),
-        dict(activation="topk", routing="soft"),
-        dict(recon_reduction="mean", l1_reduction="mean"))),
+        dict(recon_reduction="mean", l1_reduction="mean", routing_weight=3.0))),
     *(dict(variant="self-aligning", **flags) for flags in (
         dict(similarity="decoder"), dict(adapt=False), dict(margin_decay=0.5))),
     *(dict(variant="adversarial", **flags) for flags in (
-        dict(activation="topk", expansion=4), dict(l1=1.0), dict(percentile=0.3),
-        dict(adv_scale=7.0), dict(spurious="similarity", similarity="decoder", percentile=0.0))),
+        dict(activation="topk", expansion=4), dict(l1=1.0, percentile=0.3, adv_scale=7.0),
+        dict(spurious="similarity", similarity="decoder", percentile=0.0))),
     dict(variant="disentangled", spurious="similarity"))
 
 
@@ -260,7 +182,7 @@ def check(flags, x, mask, **more):
 
     def compute(sae):
         return terms_of(sae, x.to(sae.W_dec), mask, cfg)
-    agree(sae, lambda sae: compute(sae)[0], reference(x, mask, sae.sizes, cfg), flags)
+    agree(sae, lambda sae: compute(sae)[0], lambda p: reference(p, x, mask, sae.sizes, cfg), flags)
     _, stats, f = compute(sae)
     logged(stats, f, sae, x, mask, flags)
     return f.detach()
@@ -280,114 +202,63 @@ def test_hierarchical_tokens_without_a_feature():
         assert not f[mask].any(-1).all(), flags
 
 
-# --- Limits, torch's own layers, who reads whom ----------------------------------------------
+# --- Limits ----------------------------------------------------------------------------------
 
 
 def test_hierarchical_one_level_is_the_standard_sae():
     x, mask = mixed(T=10, D=16)
-    for flags in ({}, dict(activation="topk"), dict(activation="topk", expansion=4)):
+    for flags in ({}, dict(activation="topk")):
         sae, cfg = hs(variant="hierarchical", levels=1, **flags)
         plain = tsae.TSAE(16, config(tsae, temporal=False, k=6, **flags))
-        state = sae.state_dict()
-        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-        assert torch.allclose(sae.encode(x, mask), plain.encode(x), atol=1e-5) and sae.causal
+        plain.load_state_dict(sae.state_dict(), strict=False)
         ours, theirs = (module.losses(model, x, mask, mask.sum(), 0, model.cfg)[0]
                         for module, model in ((hierarchical_sae, sae), (tsae, plain)))
         assert set(ours) == set(theirs) and not hasattr(sae, "router")
         assert all(abs(ours[k] - theirs[k]) < 1e-5 * theirs[k] for k in ours), flags
+    refused_with("heads", hs, 12)
 
 
 def test_hierarchical_levels_are_gated_as_declared():
     """depth: a level only on top of those below it; top1: one level a token; soft: all of them.
-    The router sees its own token only; with TopK no token has more than k features."""
+    With TopK no token has more than k features."""
     x, mask = mixed(T=10, D=16)
-    other = x.clone()
-    other[:, 5] += 1
     for routing in ("depth", "top1", "soft"):
         sae, cfg = hs(variant="hierarchical", routing=routing, shift=2.0)      # features are on
-        f, p, choice = sae.code(x, mask)
+        f, p, _ = sae.code(x, mask)
         on = torch.stack([(part > 0).any(-1) for part in f.split(sae.sizes, -1)], -1)   # (B, T, 3)
         level, chosen = torch.arange(3), p.argmax(-1)[..., None]
         want = {"depth": level <= chosen, "top1": level == chosen, "soft": level < 3}[routing]
         assert torch.equal(on, want.expand_as(on)) and chosen.unique().numel() == 3, routing
-        assert torch.allclose(choice.sum(-1), torch.ones(3, 10)) and sae.sizes == [6, 5, 5]
         sparse, _ = hs(variant="hierarchical", routing=routing, activation="topk", shift=2.0)
         assert (sparse.encode(x) > 0).sum(-1).max() == 6, routing
-        mixing, _ = hs(routing=routing)
-        moved = (mixing.code(x, mask)[1] - mixing.code(other, mask)[1]).abs().amax((0, 2)) > 0
-        assert moved.nonzero().flatten().tolist() == [5], routing
-
-
-def test_hierarchical_equals_torch_layers():
-    """Conv1d and MultiheadAttention; a GRU that never looks ahead; no key at all is no NaN."""
-    x, mask = mixed(T=10, D=16)
-    h, some = x[:2] / 2, mask[:2].clone()
-    some[:, 0] = True                                          # else token 0 has no key at all
-    for causal in (False, True):
-        sae, _ = hs(causal=causal)
-        v = h.transpose(1, 2)
-        for layer in (sae.conv1, sae.conv2):
-            conv = nn.Conv1d(16, 16, 3, padding=0 if causal else 1)
-            conv.weight.data = layer.weight.detach().view(16, 3, 16).transpose(1, 2)
-            conv.bias.data = layer.bias.detach()
-            v = F.relu(v) if layer is sae.conv2 else v
-            v = conv(F.pad(v, (2, 0)) if causal else v)
-        ours = sae.local(h, torch.ones_like(some))
-        assert torch.allclose(ours, v.transpose(1, 2), atol=1e-5), causal
-        ref = nn.MultiheadAttention(16, hierarchical_sae.HEADS, bias=False, batch_first=True)
-        ref.in_proj_weight, ref.out_proj.weight = sae.W_qkv.weight, sae.W_out.weight
-        hide = torch.ones(10, 10, dtype=torch.bool).triu(1) if causal else None
-        y = ref(h, h, h, key_padding_mask=~some, attn_mask=hide, need_weights=False)[0]
-        assert torch.allclose(sae.attend(h, some)[some], y[some], atol=1e-5), causal
-        assert sae.encode(x, mask & False).isfinite().all()
-    other = x.clone()
-    other[:, 5] += 1
-    early = (sae.predict(x) - sae.predict(other)).abs().amax((0, 2))
-    assert (early[:5] == 0).all() and (early[5:] > 0).all()
-    try:
-        hs(D=12)
-    except common.UserError as error:
-        assert "heads" in str(error)
-    else:
-        raise AssertionError("a width that 8 heads do not divide was accepted")
 
 
 # --- Terms and statistics by hand ------------------------------------------------------------
 
 
-def test_hierarchical_routing_and_contrast_by_hand():
-    """Routing: 0 if the levels share the batch evenly, however tokens choose; log L if one has all.
-    Constant codes: 1 - c_psi = 0, but the contrast sees nothing to prefer: log 8 a pair."""
+def test_hierarchical_routing_by_hand():
+    """0 if the levels share the batch evenly, however tokens choose; log L if one has all."""
     mask, eye = torch.tensor([[True] * 4, [True, True, False, False]]), torch.eye(3)
     for choice, want in (
             (torch.full((2, 4, 3), 1 / 3), 0.0), (eye[torch.zeros(2, 4).long()], math.log(3)),
             (eye[torch.tensor([[0, 1, 2, 0], [1, 2, 0, 0]])], 0.0),
             (eye[torch.tensor([[0, 1, 0, 1], [0, 1, 2, 2]])], math.log(3) - math.log(2))):
         assert abs(hierarchical_sae.routing_loss(choice, mask, mask.sum()) - want) < 1e-5, want
-    sae, cfg = hs()
-    f, mask = torch.rand(2, 1, 16).expand(-1, 9, -1), torch.ones(2, 9, dtype=torch.bool)
-    terms = hierarchical_sae.temporal_losses(sae, f, torch.zeros(2, 9, 16), mask, cfg)
-    assert abs(terms["consistency"]) < 1e-4 and abs(terms["contrastive"] - 16 * math.log(8)) < 1e-4
 
 
 def test_hierarchical_margin_by_hand():
-    """Eq. 3 to 5: a jump passes its margin, a drift never, noise at 2 % of the steps. Eq. 7."""
-    def margins(values, **flags):
-        sae, cfg = hs(variant="self-aligning", **flags)
-        sae.margin_mean.fill_(0.0), sae.margin_std.fill_(0.0)
-        return [(s, hierarchical_sae.update_margin(sae, s, cfg)) for s in values]
-    mean, std, values = 0.2, 0.0, (0.2, 0.4, 0.4, 0.1)
-    for s, margin in margins([torch.full((16,), s) for s in values]):
-        mean = 0.95 * mean + 0.05 * s[0]
-        std = math.sqrt(0.95 * std ** 2 + 0.05 * (s[0] - mean) ** 2)
-        assert torch.allclose(margin, mean + 2 * torch.tensor(std)), s[0]
-    fixed = margins([torch.full((16,), s) for s in values], adapt=False)
-    assert all(torch.allclose(margin, torch.tensor(0.2)) for _, margin in fixed)
-    drift = margins([torch.full((16,), 0.1 + 0.002 * step) for step in range(200)])
-    assert any(s[0] > m[0] for s, m in drift[:10]) and not any(s[0] > m[0] for s, m in drift[60:])
-    gen = torch.Generator().manual_seed(0)
-    noise = margins([0.3 + 0.05 * torch.randn(16, generator=gen) for _ in range(1000)])[200:]
-    assert 0.01 < sum((s > m).float().mean().item() for s, m in noise) / len(noise) < 0.03
+    """Eq. 3 to 5 over four steps, and without adapting; Eq. 7."""
+    values = (0.2, 0.4, 0.4, 0.1)
+    for adapt in (True, False):
+        sae, cfg = hs(variant="self-aligning", adapt=adapt)
+        sae.margin_mean.zero_(), sae.margin_std.zero_()
+        mean, std = 0.2, 0.0
+        for s in values:
+            if adapt:
+                mean = 0.95 * mean + 0.05 * s
+                std = math.sqrt(0.95 * std ** 2 + 0.05 * (s - mean) ** 2)
+            margin = hierarchical_sae.update_margin(sae, torch.full((16,), s), cfg)
+            assert torch.allclose(margin, torch.tensor(mean + 2 * std)), (adapt, s)
     found = hierarchical_sae.adversarial_weight(torch.tensor([0.0, 0.6, 0.61, 0.9, 1.0]))
     assert torch.allclose(found, torch.tensor([0.1, 0.1, 0.11, 0.4, 0.5]))
 
@@ -395,7 +266,6 @@ def test_hierarchical_margin_by_hand():
 def test_hierarchical_attribution_is_the_gradient_at_the_code():
     """Eq. 6 for a linear decoder: dL/dz = 2/n (x_hat - x) W_dec^T + lambda_1/n, scored tokens."""
     x, mask = mixed(T=10, D=16)
-    found = {}
     for which in ("active", "all"):
         sae, cfg = hs(variant="adversarial", attribution=which, similarity="decoder")
         terms, _, f = terms_of(sae, x, mask, cfg)
@@ -404,13 +274,12 @@ def test_hierarchical_attribution_is_the_gradient_at_the_code():
         grad = 2 * ((sae.decode(f) - x) / 1.7) @ sae.W_dec.t() + 0.04
         grad = grad / mask.sum() * (f > 0 if which == "active" else 1)
         assert torch.allclose(sae.attribution, grad[mask].norm(dim=0), rtol=1e-4), which
-        found[which] = sae.attribution
-    assert (found["active"] <= found["all"]).all() and not found["all"].requires_grad
+        assert not sae.attribution.requires_grad
 
 
 def test_hierarchical_monitor_by_hand():
     """Sec. 5.2: plain means until their weight falls to 1 - 0.99, then the newest counts 1 %;
-    Sec. 6.1 from them; a step without a scored token leaves every statistic."""
+    Sec. 6.1 from them; a step without a scored token leaves the margins."""
     x, mask = mixed(T=10, D=16)
     sae, cfg = hs(variant="hierarchical")
     means = []
@@ -431,32 +300,11 @@ def test_hierarchical_monitor_by_hand():
     assert abs(levels["share_3"] - sae.route_ema[0, 2]) < 1e-6
     sae, cfg = hs()
     sae.margin_mean.fill_(0.5)
-    before = {name: value.clone() for name, value in sae.named_buffers()}
+    std = sae.margin_std.clone()
     terms, _, f = terms_of(sae, x, mask & False, cfg)
     sum(terms.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in sae.parameters())
-    for name in ("margin_mean", "margin_std"):
-        assert torch.equal(before[name], getattr(sae, name)), name
-
-
-def test_hierarchical_readings_differ_where_they_should():
-    """Two readings of an open point: other terms where it acts, the same where it cannot."""
-    x, mask = mixed(T=10, D=16)
-
-    def terms(**flags):
-        sae, cfg = hs(**flags)
-        return {name: value.item() for name, value in terms_of(sae, x, mask, cfg)[0].items()}
-    for flag, values, acts, idle in (
-            ("similarity", ("code", "decoder"), "self-aligning", "hierarchical"),
-            ("spurious", ("attribution", "similarity"), "adversarial", "self-aligning"),
-            ("routing", ("depth", "top1"), "hierarchical", "adversarial"),
-            ("routing", ("depth", "soft"), "temporal", "disentangled"),
-            ("compose", ("residual", "literal"), "temporal", "hierarchical"),
-            ("consistency", ("learned", "cosine"), "temporal", "hierarchical")):
-        a, b = (terms(variant=acts, **{flag: value}) for value in values)
-        assert any(abs(a[name] - b[name]) > 1e-4 * abs(a[name]) for name in a), (flag, values)
-        a, b = (terms(variant=idle, **{flag: value}) for value in values)
-        assert a == b, (flag, values)
+    assert (sae.margin_mean == 0.5).all() and torch.equal(sae.margin_std, std)
 
 
 def test_hierarchical_finds_the_tree():
