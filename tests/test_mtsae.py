@@ -122,9 +122,6 @@ def test_mtsae_losses_equal_the_equations():
             assert abs(table[f"std_{rate}"] - y.std(unbiased=False)) < 1e-5, (flags, rate)
 
 
-# --- Limits and statistics -------------------------------------------------------------------
-
-
 def test_mtsae_batch_norm_over_the_steps():
     """Channels 1000 deviations from 0 come out with variance 1; running statistics are plain means
     of the first 10 batches, then move by 0.1; no scored token changes nothing."""
@@ -146,13 +143,13 @@ def test_mtsae_statistics_stay_fp32_under_autocast():
     x, mask = mixed(D=16)
     for variant in PAPERS:
         sae, cfg = mts(variant, D=16)
-        exact, h = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)[0], sae.temporal(x, mask)
+        exact = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)[0]
         with torch.autocast("cpu", torch.bfloat16):
             terms, _, f = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)
-            assert torch.allclose(sae.temporal(x, mask), h, atol=1e-6), variant
+            mixed_h = sae.temporal(x, mask)
+        assert torch.allclose(mixed_h, sae.temporal(x, mask), atol=1e-6), variant
         assert abs(terms["l1"] - 0.04 * f.float()[mask].sum() / mask.sum()) < 1e-5, variant
-        if variant == "unlearning":
-            assert abs(terms["separation"] - exact["separation"]) < 1e-6
+        assert abs(terms.get("separation", 0) - exact.get("separation", 0)) < 1e-6
 
 
 def test_mtsae_kernels_start_as_declared():
@@ -179,9 +176,6 @@ def test_mtsae_mixing_measures_the_reach():
         sae.kernels.data.zero_()
         sae.kernels.data[:, 1] += float(cfg.variant == "unlearning")
         assert mtsae.mixing(sae, Heldout(x, mask)) == {"reach": 0, "neighbours": 0.0}, flags
-
-
-# --- Resampling ------------------------------------------------------------------------------
 
 
 def after_a_step(sae):

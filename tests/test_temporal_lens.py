@@ -19,9 +19,6 @@ def lens(D=6, **values):
     return sae, cfg
 
 
-# --- Eq. 3, 4, 6 and 8 -----------------------------------------------------------------------
-
-
 def encode(p, h, m, cfg):
     """Eq. 3: f_t = ReLU(W_e h_t + b_e) * m_t for h in units of the scale; TopK after it."""
     h = h - p["b_dec"] if cfg.pre_bias else h
@@ -98,9 +95,6 @@ def test_temporal_lens_position_weights_by_hand():
         sae.error_ema.copy_(torch.tensor([1.0, 2.0, 3.0, 2.0]))
         temporal_lens.update_position_weights(sae, errors, cfg)
         assert torch.allclose(sae.error_ema, want), where
-
-
-# --- Training --------------------------------------------------------------------------------
 
 
 def test_temporal_lens_micro_batches_rate_of_the_logits_and_weights():

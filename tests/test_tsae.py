@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from tests.helpers import Heldout, LinearSAE, config
 from tests.test_scripts import agree, eq_4, logged, mixed, shake
 
-# --- Sec. 3.1, Eq. 1 to 4 and Sec. 4.3 of paper C --------------------------------------------
-
 
 def keep_largest(v, k):
     """The k largest entries of the last axis where they are positive, else 0."""
