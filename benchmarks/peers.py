@@ -26,7 +26,6 @@ that is not installed is a row that says so.
 import argparse
 import contextlib
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -142,94 +141,80 @@ def refusal(library, activation, dtype):
 # ----------------------------------------------------------------------------------------------
 
 
-def one(library, args):
-    """Every case of a library in this process -> [{activation, dtype, F, seconds or reason}]."""
-    rows, widths = [], [int(e) * args.D for e in args.expansions.split(",")]
+def one(library, D, dtypes, expansions):
+    """Every case of a library in this process -> [{activation, dtype, F, reason, seconds}]."""
+    rows, (package, driver) = [], LIBRARIES[library]
     if library == "ours":
         common.fast_process(common.pick_device())
-    for activation, name, width in itertools.product(ACTIVATIONS, args.dtypes.split(","), widths):
-        dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": width}
+    for activation, name, e in itertools.product(ACTIVATIONS, dtypes, expansions):
+        dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": e * D}
         row["reason"] = refusal(library, activation, dtype)
-        steps = args.steps * min(3, max(widths) // width)  # narrow ones are short: three times
+        steps = 2 * min(3, max(expansions) // e)           # narrow ones are short: three times
         try:
             if not row["reason"]:
-                row["seconds"] = LIBRARIES[library][1](activation, args.D, width, dtype, steps)
+                row["seconds"] = driver(activation, D, e * D, dtype, steps)
         except Exception as error:                         # theirs: a row says it, the others go on
-            if not LIBRARIES[library][0]:
+            if not package:
                 raise
             row["reason"] = common.one_line(f"{type(error).__name__}: {error}", 90)
         if library == "ours":
-            row["floor"] = throughput.floor(args.D, width, dtype, 2)
+            row["floor"] = throughput.floor(D, e * D, dtype, 2)
         rows.append(row)
     return rows
 
 
-def start(library, args):
+def start(*arguments):
     """`one` in a new process; a failed one is a row with the last line of its errors."""
-    command = [sys.executable, __file__, "one", "--library", library]
-    command += [f"--{k}={getattr(args, k)}" for k in ("D", "steps", "expansions", "dtypes")]
+    code = f"import json; from benchmarks.peers import one; print(json.dumps(one{arguments}))"
     env = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
         env["SPARSIFY_DISABLE_TRITON"] = "1"
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                          env=env)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(done.stdout.splitlines()[-1])    # the libraries print, too
     return [{"activation": "", "dtype": "", "F": 0, "reason": done.stderr.strip()[-90:]}]
 
 
-def measure(args):
+def measure(D, dtypes, expansions, repeats):
     """Medians over all steps of all repeats. ours/this: how many times as fast our step is;
     plain/this: in a plain process; floor/step as in throughput.py."""
     packages, found, rows = {}, {}, []
-    names = [name for name in LIBRARIES if name in args.libraries.split(",") or not args.libraries]
-    for name in names:
+    for name, (package, _) in LIBRARIES.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            package = LIBRARIES[name][0]
             packages[name] = importlib.metadata.version(package) if package else "this checkout"
-    for repeat in range(args.repeats):
-        for name in list(packages)[repeat:] + list(packages)[:repeat]:
-            for row in start(name, args):
+    for repeat in range(repeats):
+        for name in [*packages][repeat:] + [*packages][:repeat]:          # each first once
+            for row in start(name, D, dtypes, expansions):
                 case = found.setdefault((row["activation"], row["dtype"], row["F"]), {})
-                case.setdefault(name, []).extend(row.get("seconds", ()))
-                case.setdefault("floor", []).extend([row["floor"]] if "floor" in row else [])
-                case.setdefault("reasons", {})[name] = row["reason"]
+                case.setdefault(name, []).append(row)
     for (activation, dtype, width), case in sorted(found.items()):
-        median = {name: statistics.median(v) for name, v in case.items() if v and name != "reasons"}
-        for name, reason in case["reasons"].items():
+        seconds = {name: [s for row in repeated for s in row.get("seconds", ())]
+                   for name, repeated in case.items()}
+        median = {name: statistics.median(found) for name, found in seconds.items() if found}
+        for name, repeated in case.items():
             row = {"activation": activation, "dtype": dtype, "F": width, "library": name}
             if name in median:
                 row |= {"thousand tokens/s": TOKENS / median[name] / 1e3,
-                        "slowest": TOKENS / max(case[name]) / 1e3,
-                        "fastest": TOKENS / min(case[name]) / 1e3,
-                        **{label: median[name] / median[other] for label, other in (
-                            ("plain/this", "ours (plain process)"), ("ours/this", "ours"))
-                           if other in median}}
-                row["floor/step"] = median["floor"] / median[name] if "floor" in median else None
-            rows.append({**row, "reason": reason})
-    rows += [{"library": name, "reason": "not installed"} for name in names if name not in packages]
-    return {"rows": rows, "D": args.D, "repeats": args.repeats, "packages": packages,
+                        "slowest": TOKENS / max(seconds[name]) / 1e3,
+                        "fastest": TOKENS / min(seconds[name]) / 1e3,
+                        "plain/this": median[name] / median["ours (plain process)"],
+                        "ours/this": median[name] / median["ours"], "floor/step":
+                        statistics.median(row["floor"] for row in case["ours"]) / median[name]}
+            rows.append({**row, "reason": repeated[-1]["reason"]})
+    rows += [{"library": name, "reason": "not installed"} for name in LIBRARIES
+             if name not in packages]
+    return {"rows": rows, "D": D, "repeats": repeats, "packages": packages,
             "device": str(common.pick_device()), "versions": common.versions()}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("measure", "one"), default="measure",
-                        help="one: one library in this process, json on the last line")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps at the widest F")
-    parser.add_argument("--expansions", default="1,4,16", help="F / D")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--libraries", default="", help=f"of {', '.join(LIBRARIES)} [all]")
-    parser.add_argument("--library", default="ours", choices=LIBRARIES, help="for one")
-    parser.add_argument("--D", type=int, default=576)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of peers.json")
     args = parser.parse_args(argv)
-    if args.what == "one":
-        with contextlib.redirect_stdout(io.StringIO()):    # the libraries print
-            rows = one(args.library, args)
-        return print(json.dumps(rows))
-    table = measure(args)
+    table = measure(576, ("float32", "bfloat16"), (1, 4, 16), args.repeats)
     common.write_json(args.out / "peers.json", table)
     print(throughput.markdown(table))
 

@@ -112,12 +112,13 @@ def test_throughput_times_steps_and_random_gemma_as_a_toy():
 
 
 def test_peers_ours_runs_and_a_missing_package_is_a_row():
-    libraries = {"ours": peers.LIBRARIES["ours"], "other": ("no-such-package-of-saes", None)}
-    with folder() as here, replaced(peers, "LIBRARIES", libraries), silent(), \
-            replaced(peers, "start", peers.one):
-        peers.main("--D 16 --expansions 4 --dtypes float32 --repeats 1 --out .".split())
-        *ours, missing = json.loads((here / "peers.json").read_text())["rows"]
-    assert missing == {"library": "other", "reason": "not installed"} and len(ours) == 2
+    libraries = {**dict.fromkeys(("ours", "ours (plain process)"), peers.LIBRARIES["ours"]),
+                 "other": ("no-such-package-of-saes", None)}
+    with replaced(peers, "LIBRARIES", libraries), replaced(peers, "start", peers.one):
+        *ours, missing = peers.measure(16, ["float32"], [4], 1)["rows"]
+    assert missing == {"library": "other", "reason": "not installed"} and len(ours) == 4
     for row in ours:
-        assert row["F"] == 64 and row["ours/this"] == 1 and row["floor/step"] > 0
+        assert row["F"] == 64 and row["ours/this"] > 0 and row["floor/step"] > 0
         assert 0 < row["slowest"] <= row["thousand tokens/s"] <= row["fastest"]
+    for row in peers.start("ours", 16, ["float32"], [4]):
+        assert row["F"] == 64 and len(row["seconds"]) == 2
