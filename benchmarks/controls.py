@@ -18,7 +18,6 @@ so on the page.
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -156,20 +155,18 @@ def values(record, paper):
     """{row: {metric: array (seeds,)}} of what is recorded of one paper"""
     out = {}
     for label, row in record.items():
-        name = re.fullmatch(rf"{re.escape(paper)}: (.*) \| layer 19", label)
-        if name:
-            out[name[1]] = {metric: np.array([by[seed] for seed in sorted(by)])
-                            for metric, by in row["values"].items()}
+        of, _, name = label.removesuffix(" | layer 19").partition(": ")
+        if of == paper:
+            out[name] = {metric: np.array([by[seed] for seed in sorted(by)])
+                         for metric, by in row["values"].items()}
     return out
 
 
 def section(record):
     """The page's section: one table a paper, its marks, and what was tried."""
-    lines = ["## Where there is something to find", "",
-             "Planted data (`data/planted.py`), `python benchmarks/controls.py`: mean ± sd over "
-             "seeds 45 to 47. Settings were found with seeds 1 to 4; T = 256 was chosen after "
-             "42 to 44.",
-             "",
+    lines = ["## Where there is something to find", "", "Planted data (`data/planted.py`), `python "
+             "benchmarks/controls.py`: mean ± sd over seeds 45 to 47. Settings were found with "
+             "seeds 1 to 4; T = 256 was chosen after 42 to 44.", "",
              "![controls](../results/controls.png)", ""]
     for paper, control in CONTROLS.items():
         found = values(record, paper)
@@ -202,9 +199,9 @@ def draw(record):
         if control.score not in found["standard"]:
             axis.text(0, 0.5, "has none", ha="center", transform=axis.get_xaxis_transform())
             axis.set_ylim(bottom=0)
-        axis.set(xticks=range(3), xlim=(-0.5, 2.5), title=f"{paper}: {control.plant}",
+        axis.set_xticks(range(3), ["standard", "method", "method\nshuffled"])
+        axis.set(xlim=(-0.5, 2.5), title=f"{paper}: {control.plant}",
                  ylabel=control.score.removeprefix(R))
-        axis.set_xticklabels(["standard", "method", "method\nshuffled"])
         axis.grid(alpha=0.3)
     figures.save(figure, FIGURE, 90)
 
@@ -219,14 +216,10 @@ def main(argv=None):
         return experiments.listing(table)
     if not args.table:
         experiments.run(list(table.values()), args.more, args.workers)
-    metrics = {"core.EV", "core.L0", "train_seconds", *(m for c in CONTROLS.values()
-                                                        for m in c.columns)}
+    metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
     record = experiments.collect(table, experiments.recorded("controls"), sorted(metrics), numbers)
     common.write_json(RESULT, record)
-    page = PAGE.read_text() if PAGE.exists() else "# Results\n"
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    before, after = PAGE.read_text().split(BEGIN)[0], PAGE.read_text().split(END)[1]
     common.write_atomic(PAGE, f"{before}{BEGIN}\n{section(record)}{END}{after}")
     draw(record)
     print(section(record))
