@@ -6,10 +6,12 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import common                   # before torch: it sets how idle threads wait
@@ -26,13 +28,12 @@ from evals import figures
 
 inspect.getsource = functools.cache(inspect.getsource)     # each command line reads its script's
 HERE = Path(__file__).resolve().parent.parent
-SCRIPTS = {"tsae": tsae, "temporal_lens": temporal_lens, "mtsae": mtsae,
-           "hierarchical_sae": hierarchical_sae}
-SAES = {"tsae": "TSAE", "temporal_lens": "TemporalLens", "mtsae": "MTSAE",
-        "hierarchical_sae": "HierarchicalSAE"}
-KINDS = ("llama", "gemma2", "neox", "gpt2")    # architectures of the tiny model
+SCRIPTS = {module.__name__: module for module in (tsae, temporal_lens, mtsae, hierarchical_sae)}
+SAES = dict(zip(SCRIPTS, ("TSAE", "TemporalLens", "MTSAE", "HierarchicalSAE")))
 TINY = ("--model", "synthetic", "--tokens", 4096, "--heldout_tokens", 1024, "--T", 32,
         "--batch_size", 4, "--cache", "none", "--save_every", 10)
+WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
+replaced = mock.patch.object    # with replaced(owner, "name", value): for a while
 
 
 def skip(reason):
@@ -43,38 +44,21 @@ def skip(reason):
 @contextlib.contextmanager
 def folder():
     """A temporary working directory."""
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as path:
-        os.chdir(path)
-        try:
-            yield Path(path)
-        finally:
-            os.chdir(before)
-
-
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    """owner.name = value for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    with tempfile.TemporaryDirectory() as path, contextlib.chdir(path):
+        yield Path(path)
 
 
 @contextlib.contextmanager
 def modules(**others):
     """Modules (or None: not there) in the place of those of these names, for a while."""
-    before = {name: sys.modules.get(name) for name in others}
+    before = {name: sys.modules[name] for name in others if name in sys.modules}
     sys.modules.update(others)
     try:
         yield
     finally:
-        for name, module in before.items():
-            sys.modules[name] = module
-            if module is None:
-                del sys.modules[name]
+        for name in others:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def run(module, *flags):
@@ -121,12 +105,8 @@ def refused(*flags, words=(), module=tsae):
 
 def refused_with(word, function, *args):
     """function(*args) raises a UserError that holds the word."""
-    try:
+    with unittest.TestCase().assertRaisesRegex(common.UserError, re.escape(word)):
         function(*args)
-    except common.UserError as error:
-        assert word in str(error), (word, error)
-    else:
-        raise AssertionError(f"nothing was refused: {word}")
 
 
 def config(module, **values):
@@ -144,9 +124,8 @@ def model(script, D=16, seed=0, **values):
     torch.manual_seed(seed)
     module = SCRIPTS[script]
     sae = getattr(module, SAES[script])(D, config(module, **{"expansion": 2, **values}))
-    with torch.no_grad():
-        sae.b_enc.normal_(std=0.1)
-        sae.b_dec.normal_(std=0.1)
+    for bias in (sae.b_enc, sae.b_dec):
+        nn.init.normal_(bias, std=0.1)
     return sae
 
 
@@ -175,13 +154,12 @@ def saebench():
 
 
 class LinearSAE(nn.Module):
-    """f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec; biases are 0 if not given."""
+    """f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec."""
     causal, scale = True, 1.0                             # features in raw units
 
-    def __init__(self, W_enc, W_dec, b_enc=None, b_dec=None):
+    def __init__(self, W_enc, W_dec, b_enc=0.0, b_dec=0.0):
         super().__init__()
-        zeros = [torch.zeros(len(W_dec)), torch.zeros(len(W_enc))]
-        biases = [z if b is None else b for z, b in zip(zeros, (b_enc, b_dec))]
+        biases = torch.zeros(len(W_dec)) + b_enc, torch.zeros(len(W_enc)) + b_dec
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = (
             nn.Parameter(value.float()) for value in (W_enc, W_dec, *biases))
 
@@ -194,11 +172,6 @@ class LinearSAE(nn.Module):
     def forward(self, x, mask=None):
         f = self.encode(x, mask)
         return self.decode(f), f
-
-
-def fixture_sae(tensors, prefix):
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    return LinearSAE(*(tensors[f"{prefix}.{name}"] for name in names))
 
 
 def zero_sae(D, n_features):
@@ -219,26 +192,18 @@ class Heldout:
         return zip(self.x.split(size), self.mask.split(size))
 
 
-WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
-
-
-def tiny_lm(kind="llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gain=5):
+def tiny_lm(kind="Llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gain=5):
     """A random language model of an architecture, width 32, and a tokenizer of whole words."""
     import transformers
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
+    from tokenizers import Tokenizer, models, pre_tokenizers
     vocab = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>", *words])}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
-    shape = dict(num_attention_heads=4, hidden_size=32, num_hidden_layers=layers)
-    name, more = {
-        "llama": ("Llama", dict(intermediate_size=64, num_key_value_heads=2)),
-        "gemma2": ("Gemma2", dict(intermediate_size=64, num_key_value_heads=2, head_dim=8)),
-        "neox": ("GPTNeoX", dict(intermediate_size=64)), "gpt2": ("GPT2", {})}[kind]
-    cfg = getattr(transformers, f"{name}Config")(
-        vocab_size=len(vocab), bos_token_id=0, eos_token_id=1, **shape, **more)
+    cfg = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(vocab), bos_token_id=0, eos_token_id=1, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, hidden_size=32, num_hidden_layers=layers, intermediate_size=64)
     torch.manual_seed(0)
     lm = transformers.AutoModelForCausalLM.from_config(cfg)
     with torch.no_grad():                  # larger weights: blocks and tokens differ visibly
@@ -247,9 +212,7 @@ def tiny_lm(kind="llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gai
     return loader.LM(lm, tokenizer, f"tiny-{kind}", "random", torch.device("cpu"), torch.float32)
 
 
-def words_lm(layers=3):
-    """A tiny Llama of the two languages, with its own weights."""
-    return tiny_lm(words=WORDS, layers=layers, gain=1)
+words_lm = functools.partial(tiny_lm, words=WORDS, layers=3, gain=1)       # of the two languages
 
 
 def saved_lm(here):
@@ -259,24 +222,10 @@ def saved_lm(here):
     lm, gen = tiny_lm(), torch.Generator().manual_seed(1)
     lm.model.save_pretrained(here / "lm")
     lm.tokenizer.save_pretrained(here / "lm")
-    with open(here / "t.jsonl", "w") as file:
-        for row in torch.randint(97, (12, 250), generator=gen).tolist():
-            file.write(json.dumps({"text": " ".join(f"w{w}" for w in row)}) + "\n")
+    rows = [" ".join(f"w{w}" for w in row) for row in torch.randint(97, (12, 250), generator=gen)]
+    (here / "t.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return ("--model", here / "lm", "--data", here / "t.jsonl", "--T", 16, "--tokens", 2048,
             "--heldout_tokens", 256, "--batch_size", 4, "--dtype", "float32")
-
-
-def open_tiny(here, **values):
-    """Activations of the tiny Llama on random text -> (list of them, what was printed)."""
-    if not (here / "lm").exists():
-        saved_lm(here)
-    base = dict(model=str(here / "lm"), layer="1,2", data=str(here / "t.jsonl"), T=16,
-                batch_size=4, cache=str(here / "cache"), tokens=2048, heldout_tokens=256,
-                buffer=16, preset="paper", lm_batch=8, device="cpu")
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        acts = list(common.open_activations(tsae.Config(**{**base, **values})))
-    return acts, out.getvalue()
 
 
 def walk(letter, n, seed):
@@ -285,23 +234,23 @@ def walk(letter, n, seed):
     return " ".join(f"{letter}{(start + i) % 12}" for i in range(n))
 
 
-def make_acts(lm, layer=1, T=16, cache="none", lm_batch=4):
+def make_acts(lm, layer=1, T=16, cache="none"):
     """Activations of a tiny model's block on both languages, harvested by the real stores."""
-    cfg = tsae.Config(T=T, cache=cache, lm_batch=lm_batch, batch_size=2, buffer=8, device="cpu",
+    cfg = tsae.Config(T=T, cache=cache, lm_batch=4, batch_size=2, buffer=8, device="cpu",
                       dtype="float32", layer=str(layer))
     tokens, lengths = texts.make_windows([walk("ab"[i % 2], T, i) for i in range(8)], lm, T, 8)
     threshold = common.sink_thresholds(lm, tokens, lengths, [layer])[layer]
-    stores = [common.Store(None, None, lm, layer, tokens, lengths, threshold) for _ in range(2)]
-    return common.Activations(cfg, lm, layer, *stores)
+    store = common.Store(None, None, lm, layer, tokens, lengths, threshold)
+    return common.Activations(cfg, lm, layer, store, store)
 
 
 @contextlib.contextmanager
 def data_folder(**files):
     """A made-up data/ folder instead of the bundled one: name -> rows of <name>.jsonl.xz."""
-    with tempfile.TemporaryDirectory() as path:
+    with tempfile.TemporaryDirectory() as path, replaced(texts, "HERE", Path(path)), \
+            replaced(common, "HERE", Path(path)):
         (Path(path) / "data").mkdir()
         for name, rows in files.items():
             with lzma.open(Path(path) / "data" / f"{name}.jsonl.xz", "wt") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-        with replaced(texts, "HERE", Path(path)), replaced(common, "HERE", Path(path)):
-            yield Path(path)
+        yield Path(path)

@@ -1,6 +1,8 @@
 """Language models, text, buffer and cache, the run folder, resume, processes, the command line."""
+import contextlib
 import ctypes
 import fcntl
+import io
 import json
 import math
 import os
@@ -8,24 +10,29 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-from tests.helpers import (HERE, KINDS, SAES, SCRIPTS, TINY, LinearSAE, config, data, folder, log,
-                           model, open_tiny, refused, refused_with, relative, replaced, run,
-                           same_files, saved_lm, skip, tiny, tiny_lm, weights)
+from tests.helpers import (HERE, SAES, SCRIPTS, TINY, LinearSAE, config, data, folder, log, model,
+                           refused, refused_with, relative, replaced, run, same_files, saved_lm,
+                           skip, tiny, tiny_lm, weights)
 
 import common
 import torch
 import torch.nn.functional as F
 
 import evals
+import hierarchical_sae
 import tsae
 from data import models, texts
 from evals import core
 
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
 
 def test_hidden_states_and_intervene_of_four_architectures():
     tokens = torch.randint(0, 100, (3, 9), generator=torch.Generator().manual_seed(0))
-    for kind in KINDS:
+    for kind in ("Llama", "Gemma2", "GPTNeoX", "GPT2"):
         lm, calls = tiny_lm(kind), []
         with torch.no_grad():
             plain = lm.model(input_ids=tokens, output_hidden_states=True)
@@ -66,7 +73,7 @@ def test_windows_documents_and_scored_tokens():
 def test_the_real_model_has_a_sink_and_is_explained():
     if not list(models.HOME.glob("*/complete.json")):
         skip("SmolLM2-135M is not on this machine; `python mtsae.py --layer 19` fetches it once")
-    with folder(), replaced(os, "environ", {**os.environ, "HF_HUB_OFFLINE": "1"}):
+    with folder(), replaced(os, "environ", OFFLINE):
         status, _, err = run(
             tsae, "--no-temporal", "--layer", 5, "--tokens", 4096, "--heldout_tokens", 1024, "--lr",
             3e-3, "--steps", 60, "--lr_warmup", 1, "--out", "a", "--data", "bundled")
@@ -75,6 +82,19 @@ def test_the_real_model_has_a_sink_and_is_explained():
     assert m["EV"] > 0.5 and m["ce_loss_without_sae"] < 4.5
     assert m["ce_loss_without_sae"] < m["ce_loss_with_sae"] < m["ce_loss_with_ablation"]
     assert acts.heldout_store.sink.norm() > acts.heldout_store.threshold / 2   # 5 medians
+
+
+def open_tiny(here, **values):
+    """Activations of the tiny Llama on random text -> (list of them, what was printed)."""
+    if not (here / "lm").exists():
+        saved_lm(here)
+    base = dict(model=str(here / "lm"), layer="1,2", data=str(here / "t.jsonl"), T=16,
+                batch_size=4, cache=str(here / "cache"), tokens=2048, heldout_tokens=256,
+                buffer=16, lm_batch=8, device="cpu")
+    with contextlib.redirect_stdout(io.StringIO()) as out, \
+            contextlib.redirect_stderr(io.StringIO()):
+        acts = list(common.open_activations(tsae.Config(**{**base, **values})))
+    return acts, out.getvalue()
 
 
 def test_cached_and_live_batches_agree_and_do_not_depend_on_the_past():
@@ -91,9 +111,8 @@ def test_cached_and_live_batches_agree_and_do_not_depend_on_the_past():
                        for store in (acts.train_store, acts.heldout_store))
         assert held and not train & held
         order = acts.order(torch.arange(3 * n))            # every window once an epoch
-        for epoch in range(3):
-            assert sorted(order[epoch * n:(epoch + 1) * n].tolist()) == list(range(n))
-        assert order[:n].tolist() != order[n:2 * n].tolist()
+        assert torch.equal(order.view(3, n).sort(1).values, torch.arange(n).expand(3, n))
+        assert not torch.equal(order[:n], order[n:2 * n])
         x = torch.cat([acts.batch(step)[0] for step in range(n // 4)]).float()
         assert torch.equal(x, acts.train_store.get(order[:n // 4 * 4], "cpu")[0].float())
         acts = open_tiny(here, buffer=2048)[0][0]
@@ -107,7 +126,6 @@ def test_cache_is_used_checked_and_repaired():
     with folder() as here:
         (first, _), said = open_tiny(here)
         assert "cache:" not in said
-        want = first.batch(0)[0].clone()
         for name, change, word in (
                 ("L1.bf16", bytes, "from"), ("L1.bf16", flip, "again"),
                 ("L1.bf16", lambda raw: raw[:-9], "again"), ("L1.safetensors", flip, "again"),
@@ -116,7 +134,7 @@ def test_cache_is_used_checked_and_repaired():
             path.write_bytes(change(path.read_bytes()))
             (acts, _), said = open_tiny(here)
             assert said.count("cache:") >= 2 and word in said, (name, said)
-            assert torch.equal(acts.batch(0)[0], want), name
+            assert torch.equal(acts.batch(0)[0], first.batch(0)[0]), name
 
 
 def test_shuffle_permutes_the_tokens_of_each_sequence():
@@ -140,31 +158,28 @@ def test_a_reconstruction_is_spliced_in_at_scored_positions_only():
     assert m["EV"] > 0.999 and abs(m["ce_loss_score"] - 1) < 1e-3 > abs(m["kl_div_with_sae"])
 
 
-def gathering(start):
-    """TopK by rows from F / k = start on: 0 always, infinity never."""
-    return replaced(common, "GATHER_FROM", {kind: start for kind in common.GATHER_FROM})
-
-
 def test_topk_fast_equals_plain_in_values_and_gradients():
     torch.manual_seed(0)
-    tensors = torch.randn(3, 7, 12), torch.randn(40, 12).t(), torch.randn(40), torch.randn(40, 12)
-    weight, more, found = torch.randn(3, 7, 12), torch.randn(3, 7, 40), []
-    for start in (math.inf, 0):
-        h, W, b, W_dec = leaves = [t.clone().requires_grad_() for t in tensors]
-        with gathering(start):
+    h, W, b, W_dec = tensors = [
+        t.requires_grad_() for t in (torch.randn(3, 7, 12), torch.randn(40, 12).t(),
+                                     torch.randn(40), torch.randn(40, 12))]
+    pre, slopes = h @ W + b, (torch.randn(3, 7, 40), torch.randn(3, 7, 12))
+    f = torch.where(pre >= pre.topk(5, -1).values[..., -1:], pre, 0).relu()
+    right = [f, f @ W_dec, *torch.autograd.grad((f, f @ W_dec), tensors, slopes)]
+    for always in (False, True):                           # TopK by rows
+        with replaced(common, "gather_pays", lambda *_: always):
             f = common.encode_topk(h, W, b, 5)
             x_hat = common.decode_topk(f, W_dec, 5)
-            ((x_hat * weight).sum() + (f * more).sum()).backward()
-        found.append([f, x_hat, *(leaf.grad for leaf in leaves)])
-    pre = tensors[0] @ tensors[1] + tensors[2]
-    right = torch.where(pre >= pre.topk(5, -1).values[..., -1:], pre, 0).relu()
-    assert relative(found[0][0], right) < 1e-5 and relative(found[0][1], right @ tensors[3]) < 1e-5
-    for plain, fast in zip(*found):
-        assert plain.shape == fast.shape and relative(fast, plain) < 1e-5
-    with gathering(0), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = common.encode_topk(*tensors[:3], 5)
-        out = common.decode_topk(half, tensors[3], 5).float()
-    assert relative(half.float(), right) < 0.05 and relative(out, found[0][1]) < 0.05
+            again = common.decode_topk(f.clone(), W_dec, 5)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                half = common.encode_topk(h, W, b, 5)
+                rough = half.float(), common.decode_topk(half, W_dec, 5).float()
+        found = [f, x_hat, *torch.autograd.grad((f, x_hat), tensors, slopes, retain_graph=True)]
+        assert all(relative(ours, want) < 1e-5 for ours, want in zip(found, right)), always
+        assert relative(again, x_hat) < 1e-5, "the active features must be looked for"
+        assert all(relative(ours, want) < 0.05 for ours, want in zip(rough, right)), always
+    for n_features, k, pays in ((40, 5, True), (40, 6, False)):
+        assert common.gather_pays(h, n_features, k) == pays
 
 
 def test_compiled_losses_are_the_same():
@@ -182,64 +197,43 @@ def test_compiled_losses_are_the_same():
 
 
 def test_settings_of_the_process():
-    """Freed memory is kept where the C library can; fp32 products keep their precision."""
-    def missing(name):
-        raise OSError(name)
-    calls, before, x = [], torch.get_float32_matmul_precision(), torch.randn(300, 300)
-    libc = type("libc", (), {"mallopt": lambda self, *args: calls.append(args)})()
-    for lookup in (lambda name: libc, missing, lambda name: object()):
-        with replaced(ctypes, "CDLL", lookup):
+    """A C library that cannot keep freed memory is survived; fp32 products keep their precision."""
+    before, x = torch.get_float32_matmul_precision(), torch.randn(300, 300)
+    for found in (dict(side_effect=OSError), dict(return_value=object())):
+        with replaced(ctypes, "CDLL", **found):
             common.fast_process(torch.device("cpu"))
-    assert calls == [(-1, 2 ** 31 - 1), (-4, 0)]           # nothing trimmed, nothing mapped
     assert relative((x @ x).double(), x.double() @ x.double()) < 1e-5
     torch.set_float32_matmul_precision(before)
-    text = (HERE / "common.py").read_text()
-    assert text.index('setdefault("OMP_WAIT_POLICY", "PASSIVE")') < text.index("\nimport torch")
-
-
-META = [("tsae", {}), ("tsae", dict(temporal=False, activation="topk", k=4)), ("temporal_lens", {}),
-        ("mtsae", {}), ("mtsae", dict(variant="unlearning")),
-        ("mtsae", dict(activation="topk", k=4)),
-        *(("hierarchical_sae", dict(variant=variant)) for variant in (
-            "self-aligning", "adversarial", "disentangled", "hierarchical", "temporal"))]
 
 
 def test_no_tensor_is_made_on_the_wrong_device():
     """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
-    meta, real = torch.device("meta"), torch.Generator
+    meta, real, AdamW = torch.device("meta"), torch.Generator, torch.optim.AdamW
 
-    class OnMeta(common.Activations):
-        def __init__(self, cfg):
-            self.cfg, self.lm, self.layer, self.truth, self.T = cfg, None, 0, None, cfg.T
-            self.D, self.steps, self.scale, self.variance = 16, 2, 1.0, 1.0
-            self.device, self.dtype, self.mean = meta, torch.float32, torch.zeros(16, device=meta)
-
-        def batch(self, step):
-            x = torch.randn(4, self.T, 16, device=meta)
-            return x, torch.ones_like(x[..., 0], dtype=torch.bool)
-
-    class Steps:
-        """Two steps; what is handed over for the log must be on the device."""
-        total, dir, steps = 2, None, lambda self: range(2)
-
-        def __init__(self, *_):
-            self.log_due = self.evaluate = lambda *_: {}
-
-        def log(self, step, sums, **scalars):
-            for name, value in sums.items():
-                assert value.device == meta and value.dim() == 0, (name, value.device)
+    def log_on_device(step, sums, **scalars):
+        assert all(value.device == meta and value.dim() == 0 for value in sums.values()), sums
 
     def generator(seed, name, device="cpu"):               # the meta device has no generator
         return None if torch.device(device) == meta else real(device).manual_seed(0)
 
-    def adamw(*args, real=torch.optim.AdamW, **flags):     # fused exists on real devices only
-        return real(*args, **{**flags, "fused": False})
-    for script, values in META:
-        cfg = config(SCRIPTS[script], **values)
-        with replaced(common, "Run", Steps), replaced(common, "generator", generator), \
+    def plain_adamw(*args, **flags):                       # fused exists on real devices only
+        return AdamW(*args, **{**flags, "fused": False})
+    loop = SimpleNamespace(total=2, steps=lambda: range(2), log=log_on_device,
+                           log_due=lambda step: False, evaluate=lambda *_: {})
+    x = torch.randn(4, 32, 16, device=meta)
+    acts = SimpleNamespace(
+        D=16, steps=2, scale=1.0, mean=torch.zeros(16, device=meta), device=meta,
+        batch=lambda step: (x, torch.ones_like(x[..., 0], dtype=torch.bool)),
+        autocast=contextlib.nullcontext)
+    topk = dict(activation="topk", k=4)
+    for script, values in (
+            ("tsae", {}), ("tsae", {"temporal": False, **topk}), ("temporal_lens", {}),
+            ("mtsae", {}), ("mtsae", {"variant": "unlearning"}), ("mtsae", topk),
+            *(("hierarchical_sae", {"variant": variant}) for variant in hierarchical_sae.VARIANTS)):
+        with replaced(common, "Run", lambda *_: loop), replaced(common, "generator", generator), \
                 replaced(common, "gather_pays", lambda *_: True), \
-                replaced(torch.optim, "AdamW", adamw):
-            SCRIPTS[script].train(cfg, OnMeta(cfg))
+                replaced(torch.optim, "AdamW", plain_adamw):
+            SCRIPTS[script].train(config(SCRIPTS[script], **values), acts)
 
 
 def test_a_finished_run_is_opened_as_it_was():
@@ -250,9 +244,6 @@ def test_a_finished_run_is_opened_as_it_was():
             assert type(sae).__name__ == SAES[script] and acts.D == 64
             assert common.read_json(path / "cfg.json")["d_in"] == 64
             assert {"W_enc", "W_dec", "b_enc", "b_dec"} <= set(weights(script))
-            x, mask = next(iter(acts.heldout()))
-            x_hat, f = sae(x, mask)
-            assert relative(sae.decode(f), x_hat) < 1e-4, "decode is not linear in the code"
             found = common.read_json(path / "eval.json")["core"]
             assert found["EV"] == core.evaluate(sae, acts)["EV"]
         assert not [*here.glob("*/checkpoint*"), *here.glob("*/.*.tmp")]
@@ -262,70 +253,6 @@ def test_a_finished_run_is_opened_as_it_was():
         assert log("tsae") != log("other")
 
 
-KILLED = """
-import importlib, os, signal, sys
-import common
-def log(self, step, *args, real=common.Run.log, **more):
-    real(self, step, *args, **more)
-    if step == 25:
-        os.kill(os.getpid(), signal.SIGKILL)
-common.Run.log = log
-importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-"""
-
-
-def kill_9(here, script, flags, launcher=()):
-    """The script in a process of its own (or several), killed by SIGKILL at step 25."""
-    (here / "killed.py").write_text(KILLED)
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, *launcher, here / "killed.py", script, *map(str, flags)]
-    done = subprocess.run([*command, "--out", "killed"], cwd=here, env=env, capture_output=True)
-    assert done.returncode and (here / "killed/checkpoint.safetensors").exists(), done.stderr
-
-
-def test_killed_runs_resume_exactly():
-    """kill -9 in the middle, resume: byte for byte the uninterrupted run."""
-    for script, *more in (("tsae", "--warmup", 40), ("temporal_lens",), ("hierarchical_sae",),
-                          ("mtsae", "--resample_every", 12, "--dead_after", 6, "--l1", 2)):
-        with folder() as here:
-            flags = [*TINY, "--steps", 40, "--log_every", 1, *more]
-            kill_9(here, script, flags)
-            (here / "killed").rename(here / script)
-            for args in (["--resume", script], [*flags, "--out", "whole"]):
-                status, _, err = run(SCRIPTS[script], *args)
-                assert status == 0, err
-            same_files(script, "whole")
-            times = (here / script / "timing.jsonl").read_text().splitlines()
-            assert [json.loads(line)["step"] for line in times] == list(range(40)), "not once each"
-
-
-def test_two_processes_equal_one_and_resume_exactly():
-    """torchrun with gloo: the losses of one process with the same global batch; killed, resumed."""
-    cases = [("tsae",), ("temporal_lens",), ("mtsae",), ("mtsae", "--variant", "unlearning"),
-             ("hierarchical_sae",), ("mtsae", "--batch_size", "5")]
-    flags = [*map(str, TINY), "--steps", "40", "--log_every", "1", "--eval", "none"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    both = ("import importlib, json, sys\n"
-            "for script, argv in json.loads(sys.argv[1]):\n"
-            "    assert importlib.import_module(script).main(argv) == 0, argv\n")
-    with folder() as here:
-        kill_9(here, "tsae", flags, torchrun)
-        (here / "both.py").write_text(both)
-        jobs = [(case[0], [*flags, *case[1:], "--out", f"two{i}"]) for i, case in enumerate(cases)]
-        jobs.append(("tsae", ["--resume", "killed"]))
-        done = subprocess.run([sys.executable, *torchrun, here / "both.py", json.dumps(jobs)],
-                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        same_files("killed", "two0")
-        for i, (script, *more) in enumerate(cases):
-            tiny(SCRIPTS[script], f"one{i}", 40, *flags[len(TINY):], *more)
-            one, two = log(f"one{i}"), log(f"two{i}")
-            assert len(one) == len(two) == 40
-            for a, b in zip(one, two):
-                assert abs(a["loss"] - b["loss"]) <= 1e-4 * abs(a["loss"]), (cases[i], a, b)
-
-
 def stopping(action, at, layer=None):
     """common.Run.log that calls action() behind a step."""
     def stop(self, step, *args, real=common.Run.log, **more):
@@ -333,6 +260,49 @@ def stopping(action, at, layer=None):
         if step == at and layer in (None, self.acts.layer):
             action()
     return replaced(common.Run, "log", stop)
+
+
+def elsewhere(jobs, kill_at=None, processes=1):
+    """Command lines in another process, or two of torchrun's; kill -9 hits them behind a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher * (processes > 1), "-m", "tests.test_common"]
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([*command, json.dumps([kill_at, jobs], default=str)], env=env,
+                          capture_output=True, text=True)
+    assert bool(done.returncode) == bool(kill_at), done.stderr[-3000:]
+
+
+def test_killed_runs_resume_exactly():
+    """kill -9 in the middle, resume: byte for byte the uninterrupted run."""
+    for script, *more in (("tsae", "--warmup", 40), ("temporal_lens",), ("hierarchical_sae",),
+                          ("mtsae", "--resample_every", 12, "--dead_after", 6, "--l1", 2)):
+        with folder():
+            flags = [*TINY, "--steps", 40, "--log_every", 1, *more, "--out"]
+            elsewhere([(script, *flags, "a")], kill_at=25)
+            for args in (["--resume", "a"], [*flags, "whole"]):
+                status, _, err = run(SCRIPTS[script], *args)
+                assert status == 0, err
+            same_files("a", "whole")
+            times = Path("a/timing.jsonl").read_text().splitlines()
+            assert [json.loads(line)["step"] for line in times] == list(range(40)), "not once each"
+
+
+def test_two_processes_equal_one_and_resume_exactly():
+    """torchrun with gloo: the losses of one process with the same global batch; killed, resumed."""
+    cases = [("tsae",), ("temporal_lens",), ("mtsae",), ("mtsae", "--variant", "unlearning"),
+             ("hierarchical_sae",), ("mtsae", "--batch_size", 5)]
+    flags = ("--log_every", 1, "--eval", "none")
+    with folder():
+        jobs = [(script, *TINY, "--steps", 40, *flags, *more, "--out", f"two{i}")
+                for i, (script, *more) in enumerate(cases)]
+        elsewhere([(*jobs[0], "--out", "killed")], kill_at=25, processes=2)
+        elsewhere([*jobs, ("tsae", "--resume", "killed")], processes=2)
+        same_files("killed", "two0")
+        for i, (script, *more) in enumerate(cases):
+            tiny(SCRIPTS[script], f"one{i}", 40, *flags, *more)
+            one, two = ([row["loss"] for row in log(f"{name}{i}")] for name in ("one", "two"))
+            assert len(one) == len(two) == 40
+            assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(one, two)), cases[i]
 
 
 def interrupt(*_):
@@ -362,10 +332,13 @@ def test_stopping_saves_and_says_how_to_resume():
             same_files(f"b/{layer}", f"many/{layer}")
 
 
-REFUSED = [  # flags, what the sentence names
-    ("--lair 19", "unrecognized"), ("--laye 19", "unrecognized"), ("--data pile", "synthetic"),
-    ("--activation topk --k 65", "64 features"), ("--buffer 2", "--buffer"),
-    ("--tokens 9", "--tokens"), ("--expansion 1000000", "GB"), ("--eval nothing", "--eval knows")]
+REFUSED = [  # script, flags, what the sentence names
+    ("tsae", "--lair 19", "unrecognized"), ("tsae", "--laye 19", "unrecognized"),
+    ("tsae", "--data pile", "synthetic"), ("tsae", "--activation topk --k 65", "64 features"),
+    ("tsae", "--buffer 2", "--buffer"), ("tsae", "--tokens 9", "--tokens"),
+    ("tsae", "--expansion 1000000", "GB"), ("tsae", "--eval probing", "language model"),
+    ("mtsae", "--rates=3,3", "--rates"), ("hierarchical_sae", "--levels 65", "--levels"),
+    ("hierarchical_sae", "--levels 9 --activation topk --k 8", "--levels")]
 TEXTS = [  # file, contents, what the sentence names
     ("empty.txt", b"", "no text"), ("short.txt", b"w1 w2 w3", "short.txt"),
     ("binary.txt", bytes(range(256)) * 20, "UTF-8"), ("nul.txt", b"w1\0 " * 50, "UTF-8"),
@@ -374,9 +347,9 @@ TEXTS = [  # file, contents, what the sentence names
 
 
 def test_bad_flags_models_and_texts_are_refused_in_a_sentence():
-    with folder() as here, replaced(os, "environ", {**os.environ, "HF_HUB_OFFLINE": "1"}):
-        for flags, word in REFUSED:
-            refused(*TINY, *flags.split(), words=[word])
+    with folder() as here, replaced(os, "environ", OFFLINE):
+        for script, flags, word in REFUSED:
+            refused(*TINY, *flags.split(), words=[word], module=SCRIPTS[script])
         assert not list(here.iterdir())
         base = (*saved_lm(here), "--cache", "none", "--layer")
         refused(*base, 4, words=["blocks 0 to 3"])
@@ -424,14 +397,11 @@ def test_what_a_resumed_run_stands_on_is_checked():
 
 
 def test_full_disk_and_non_finite_numbers_are_one_sentence():
-    def full(path, data):
-        raise OSError(28, "No space left on device", str(path))
-
     def poisoned(sae, x, mask, n, step, cfg, real=tsae.losses):
         terms, *others = real(sae, x, mask, n, step, cfg)
         return {**terms, "l1": terms["l1"] * (math.nan if step >= 15 else 1)}, *others
     with folder() as here:
-        with replaced(common, "write_atomic", full):
+        with replaced(common, "write_atomic", side_effect=OSError(28, "No space left", "path")):
             refused(*TINY, "--steps", 12, "--out", "full", words=["disk is full", "--resume"])
         with replaced(tsae, "losses", poisoned):
             refused(*TINY, "--steps", 30, "--out", "a", "--log_every", 5, words=["l1", "nan", "10"])
@@ -442,3 +412,10 @@ def test_full_disk_and_non_finite_numbers_are_one_sentence():
     for factor, scored, word in ((math.nan, 1, "not finite"), (0, 1, "zero"), (1, 0, "no token")):
         store = common.Store(x * factor, mask & bool(scored))
         refused_with(word, common.Activations, acts.cfg, None, 0, store, store)
+
+
+if __name__ == "__main__":                                 # started by `elsewhere`
+    kill, commands = json.loads(sys.argv[1])
+    with stopping(lambda: os.kill(os.getpid(), signal.SIGKILL), kill):
+        for script, *flags in commands:
+            assert SCRIPTS[script].main([str(flag) for flag in flags]) == 0, flags
