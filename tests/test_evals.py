@@ -33,7 +33,7 @@ def fixture_sae(tensors, prefix):
 
 
 def test_core_metrics_equal_their_definitions_whatever_the_batches():
-    x, noise, mask = *torch.randn(2, 6, 8, 5), torch.rand(6, 8) > 0.2
+    x, noise, mask = 2 * torch.randn(6, 8, 5), torch.randn(6, 8, 5), torch.rand(6, 8) > 0.2
     f = torch.randn(6, 8, 40) * (torch.rand(6, 8, 40) > 0.9)
     f[..., 0] = 0
     m = core.core_metrics(zip(*(t.split(4) for t in (x, x + noise, f, mask))))
