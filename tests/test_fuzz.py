@@ -2,7 +2,6 @@
 
 `FUZZ=10 python test_all.py fuzz` tries ten times as many random damages as the default.
 """
-import hashlib
 import json
 import os
 import random
@@ -28,6 +27,7 @@ STRINGS = {  # bad values of the fields that are free text; FILE, BINARY and FOR
     "resume": ("nowhere", "FILE", "FOREIGN", LONG, "/dev/null", "FILE/x", "..."),
     "eval": ("x", "core,x", "..", "steer", "__init__", "CORE", "core temporal"),
     "rates": ("", "x", "0", "-1", "1,1", "1.5", "1,,4")}
+WRONG = (None, [], {}, "x", -1, 1e300, True, 0, [[None]])
 
 
 def bad_values(name, hint):
@@ -35,24 +35,17 @@ def bad_values(name, hint):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         found = ["x", "", "nan", "1,5", "1e999", "-inf", "0x10", args[1] - 1, args[2] * 2 + 1]
-        return found + (["1.5", "1e3"] if args[0] is int else [])
+        return found + ["1.5", "1e3"] * (args[0] is int)
     if origin is typing.Literal:
-        first = str(args[0])
-        return ["x", "", f"{first} ", f"{first.upper()}!", f"{first[:-1]}_", "None", "nan"]
+        return ["x", "", f"{args[0]} ", f"{args[0]}!", args[0].title(), args[0][:-1], "None"]
     return ["x", "", "1", "nan", "None", "true"] if hint is bool else STRINGS[name]
-
-
-def fingerprint(path):
-    """A hash over the names and bytes of every file below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        digest.update(str(file).encode() + (b"" if file.is_dir() else file.read_bytes()))
-    return digest.hexdigest()
 
 
 def violation(here, module, *flags):
     """What is wrong with how the command was refused, or None."""
-    before = fingerprint(here)
+    def contents():
+        return {path: path.is_file() and path.read_bytes() for path in here.rglob("*")}
+    before = contents()
     try:
         status, _, err = run(module, *flags)
     except Exception as error:                             # what a user would see as a traceback
@@ -60,7 +53,7 @@ def violation(here, module, *flags):
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     if status != 2 or len(said) != 1:
         return f"status {status}, said {err[-300:]!r}"
-    return None if fingerprint(here) == before else f"the folder has changed; {said[0]}"
+    return None if contents() == before else f"the folder has changed; {said[0]}"
 
 
 def test_every_field_refuses_bad_values():
@@ -77,29 +70,27 @@ def test_every_field_refuses_bad_values():
             for name, hint in common.field_types(module.Config).items():
                 values = bad_values(name, hint)
                 assert len(values) >= 6 and f"--{name}" in text, (script, name)
-                for value in values:
-                    base = real if hint is str and name != "resume" else ()
-                    found = violation(here, module, *base, f"--{name}={value}")
-                    bad += [(script, name, str(value)[:40], found)] if found else []
-                    cases += 1
+                base = real if hint is str and name != "resume" else ()
+                found = {str(value)[:40]: violation(here, module, *base, f"--{name}={value}")
+                         for value in values}
+                bad += [(script, name, *case) for case in found.items() if case[1]]
+                cases += len(values)
+    print(f"{cases} bad values, {len(bad)} not refused")
     assert not bad, f"{len(bad)} of {cases}: " + "\n".join(map(str, bad[:60]))
 
 
-WRONG = (None, [], {}, "x", -1, 1e300, True, 0, [[None]])
-
-
-def damaged_json(raw, rng, keys):
-    """No such file: cut, of another type, or with a wrong or no value at one of the keys."""
+def damaged_json(raw, rng, *names):
+    """No such file: cut, of another type, or with a wrong or no value at one of the names."""
     yield from (b"", b"null", b"[]", b"5", b'"x"', b"\xff\xfe", b"[" * 10 ** 5, raw[:1], raw[1:])
     yield from (raw[:rng.randrange(len(raw) - 2)] for _ in range(5 * ROUNDS))
-    for *outer, key in keys:
+    for name in names:
         whole = json.loads(raw)
-        inner = whole[outer[0]] if outer else whole
-        good = inner.pop(key)
+        inner = whole["config"] if name in whole["config"] else whole
+        good = inner.pop(name)
         yield json.dumps(whole).encode()
         for value in WRONG:
             if type(value) is not type(good) and not (value == 0 and type(good) is float):
-                inner[key] = value
+                inner[name] = value
                 yield json.dumps(whole).encode()
 
 
@@ -114,31 +105,32 @@ def damaged_tensors(path, rng):
         yield raw[:place] + bytes([raw[place] ^ 1 << rng.randrange(8)]) + raw[place + 1:]
     others = [({k: v for k, v in tensors.items() if k != name}, meta) for name in tensors]
     others += [({**tensors, name: t.new_zeros(3)}, meta) for name, t in tensors.items() if t.dim()]
-    others += [(tensors, {**meta, key: value}) for key in meta or () for value in WRONG
-               if key != "world" and type(value) not in (type(meta[key]), bool, int)]
-    for case in others + [(tensors, value) for value in (WRONG if meta else ())]:
+    notes = [{**meta, key: value} for key in meta or () for value in WRONG
+             if key != "world" and type(value) not in (type(meta[key]), bool, int)]
+    notes += WRONG if meta else ()
+    for case in others + [(tensors, note) for note in notes]:
         common.save_tensors(path, *case)
         yield path.read_bytes()
 
 
 def test_damaged_runs_are_refused():
     rng, bad, cases = random.Random(0), [], 0
-    fields = [("config", name) for name in tsae.Config.__dataclass_fields__]
     resume, again = (tsae, "--resume", "half"), (temporal, "done")
-    kinds = (("done/config.json", again, [("script",), ("class",), ("config",), *fields]),
-             ("half/config.json", resume, fields), ("done/eval.json", again, ()),
-             ("done/log.jsonl", (figures, "done"), ()), ("half/log.jsonl", resume, ()),
-             ("done/sae_weights.safetensors", again, None),
-             ("half/checkpoint.safetensors", resume, None))
+    fields = tuple(tsae.Config.__dataclass_fields__)
     with folder() as here:
         tiny(tsae, "done", 12)
         with replaced(common.Run, "evaluate", lambda *_: {}):
             run(tsae, *TINY, "--steps", 12, "--out", "half")
         good = shutil.copytree(here, here.with_suffix(".good"))
-        for name, command, keys in kinds:
+        for name, command, *names in (
+                ("done/config.json", again, "script", "class", "config", *fields),
+                ("half/config.json", resume, *fields), ("done/eval.json", again),
+                ("done/log.jsonl", (figures, "done")), ("half/log.jsonl", resume),
+                ("done/sae_weights.safetensors", again),
+                ("half/checkpoint.safetensors", resume)):
             path, raw = here / name, (here / name).read_bytes()
             tensors = name.endswith("tensors")
-            for text in damaged_tensors(path, rng) if tensors else damaged_json(raw, rng, keys):
+            for text in damaged_tensors(path, rng) if tensors else damaged_json(raw, rng, *names):
                 if name == "half/log.jsonl" and len(text) >= len(raw):
                     continue                               # a resumed run checks its length only
                 path.write_bytes(text)
@@ -150,4 +142,5 @@ def test_damaged_runs_are_refused():
             path.write_bytes(raw)
         shutil.rmtree(good)
         assert run(*resume)[0] == 0 and run(*again)[0] == 0, "the originals are good"
+    print(f"{cases} damaged files, {len(bad)} not refused")
     assert cases >= 60 and not bad, f"{len(bad)} of {cases}: " + "\n".join(map(str, bad[:60]))
