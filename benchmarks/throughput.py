@@ -237,8 +237,8 @@ def write_gemma(folder, shape):
 
 
 def command(script, model, out, layer, more, processes=1, kill=False):
-    """One script as a user runs it -> {status, seconds, tokens/s, error}. kill: SIGKILL at its
-    first checkpoint."""
+    """One script as a user runs it -> {status, seconds, tokens/s, last loss, error}. kill: SIGKILL
+    at its first checkpoint."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = [sys.executable, *(torchrun if processes > 1 else ()), f"{script}.py", f"--model={model}",
            f"--layer={layer}", f"--out={out}", *more]
@@ -250,13 +250,15 @@ def command(script, model, out, layer, more, processes=1, kill=False):
                 process.kill()
             time.sleep(0.02)
     return {"status": process.returncode, "seconds": time.perf_counter() - start,
-            "tokens/s": [None, *column(out / "timing.jsonl", "tokens_per_s")][-1],
+            "tokens/s": last(out / "timing.jsonl", "tokens_per_s"),
+            "last loss": last(out / "log.jsonl", "loss"),
             "error": text.read_text().strip()[-200:] if process.returncode > 0 else ""}
 
 
-def column(path, name):
-    """One field of each line of a .jsonl file; [] without the file."""
-    return [json.loads(line)[name] for line in path.open()] if path.exists() else []
+def last(path, name):
+    """A field of the last line of a .jsonl file; None without the file."""
+    lines = path.read_text().splitlines() if path.exists() else ()
+    return json.loads(lines[-1])[name] if lines else None
 
 
 def gemma_step(label, D, e, fast):
@@ -279,7 +281,7 @@ def gemma_step(label, D, e, fast):
 
 def gemma(args):
     """The LM's tokens/s; steps at F = D and 16k with and without --compile; each script as a
-    shortened run, in two processes, and killed and resumed."""
+    shortened run, in two processes, and killed and resumed (to the same last loss)."""
     layer, D, wide = (1, 64, 2) if args.toy else (19, 2304, 7)            # 7 D = 16,128
     with tempfile.TemporaryDirectory() as here:
         model, runs = f"{here}/model", []
@@ -291,16 +293,12 @@ def gemma(args):
         flags = ["--data=bundled", f"--tokens={40 * TOKENS}", "--heldout_tokens=4096", "--steps=40",
                  f"--batch_size={SEQUENCES}", "--buffer=64", "--save_every=10", "--eval=core",
                  "--dtype=bfloat16", f"--cache={here}/cache"]
-        for script in SCRIPTS:
-            one, two, killed = (Path(here, f"{script}-{name}") for name in ("one", "two", "killed"))
-            found = {"run": command(script, model, one, layer, flags),
-                     "two processes": command(script, model, two, layer, flags, processes=2),
-                     "killed": command(script, model, killed, layer, flags, kill=True),
-                     "resumed": command(script, model, killed, layer, [*flags, "--resume", "auto"])}
-            loss = (column(out / "log.jsonl", "loss") for out in (one, killed))
-            found["resumed"]["largest loss difference"] = max(
-                (abs(a - b) for a, b in zip(*loss)), default=None)
-            runs += [{"script": script, "what": what, **row} for what, row in found.items()]
+        for script, (what, out, more) in itertools.product(SCRIPTS, (
+                ("run", "one", {}), ("two processes", "two", dict(processes=2)),
+                ("killed", "killed", dict(kill=True)), ("resumed", "killed", {}))):
+            row = command(script, model, Path(here, f"{script}-{out}"), layer,
+                          [*flags, *["--resume=auto"] * (what == "resumed")], **more)
+            runs.append({"script": script, "what": what, **row})
     return {"lm_tokens/s": 1 / seconds, "rows": rows, "runs": runs}
 
 
