@@ -162,9 +162,10 @@ def test_topk_fast_equals_plain_in_values_and_gradients():
     torch.manual_seed(0)
     h, W, b, W_dec = tensors = [
         t.requires_grad_() for t in (torch.randn(3, 7, 12), torch.randn(40, 12).t(),
-                                     torch.randn(40), torch.randn(40, 12))]
+                                     torch.randn(40) - 4, torch.randn(40, 12))]
     pre, slopes = h @ W + b, (torch.randn(3, 7, 40), torch.randn(3, 7, 12))
     f = torch.where(pre >= pre.topk(5, -1).values[..., -1:], pre, 0).relu()
+    assert 0.2 < ((f > 0).sum(-1) == 5).float().mean() < 0.8, "fewer than k may be positive"
     right = [f, f @ W_dec, *torch.autograd.grad((f, f @ W_dec), tensors, slopes)]
     for always in (False, True):                           # TopK by rows
         with replaced(common, "gather_pays", lambda *_: always):
@@ -368,7 +369,8 @@ def test_existing_runs_and_foreign_folders_are_not_lost():
         (here / "file").write_text("mine")
         again = (*TINY, "--steps", 12, "--out")
         refused(*again, "a", words=["--overwrite"])
-        refused(*again, "a", "--overwrite", "--l1", 1e300, words=["l1", "inf"])
+        for flag, words in (("--l1", ["l1", "inf"]), ("--lr", ["W_dec", "first step"])):
+            refused(*again, "a", "--overwrite", flag, 1e300, words=words)
         refused("--resume", "a", words=["finished"])
         for name in ("model", "file"):
             refused(*again, name, "--overwrite", words=[name])

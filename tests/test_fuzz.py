@@ -133,6 +133,8 @@ def test_damaged_runs_are_refused():
             for text in damaged_tensors(path, rng) if tensors else damaged_json(raw, rng, *names):
                 if name == "half/log.jsonl" and len(text) >= len(raw):
                     continue                               # a resumed run checks its length only
+                if name == "done/log.jsonl" and raw.startswith(text) and b"}" in text[-2:]:
+                    continue                               # so many whole lines
                 path.write_bytes(text)
                 found, cases = violation(here, *command), cases + 1
                 if found:
