@@ -53,8 +53,9 @@ def convolutions(x, mask, p, cfg):
 
 def temporal_stage(x, mask, p, cfg):
     """Eq. A.3 with its batch norm, or Eq. D.2: what the encoder reads (B, T, D or K D)."""
-    conv, x = map(torch.stack, zip(*(convolutions(*window, p, cfg) for window in zip(x, mask))))
-    conv, width = conv.unbind(1), x.shape[-1:]
+    windows = [convolutions(*window, p, cfg) for window in zip(x, mask)]
+    conv, x = (torch.stack(parts) for parts in zip(*windows))
+    conv, width = conv.unbind(1), x.shape[-1:]                 # K (B, T, D)
     if cfg.variant == "unlearning":                            # z_k = LayerNorm(C_{r_k}(h))
         return torch.cat([F.layer_norm(c, width, p[f"ln.{k}.weight"], p[f"ln.{k}.bias"])
                           for k, c in enumerate(conv)], -1)    # [z_1; ...; z_K]
@@ -112,10 +113,10 @@ def test_mtsae_losses_equal_the_equations():
             return mtsae.losses(sae, x.to(sae.W_dec), mask, counts(mask), 0, cfg)
         agree(sae, lambda sae: compute(sae)[0], lambda p: reference(p, x, mask, cfg), flags)
         logged(*compute(sae)[1:], sae, x, mask, flags)
-        without, whole = sae.encode(x), sae.encode(x, torch.ones_like(mask))
-        assert torch.allclose(without, whole, atol=1e-6), flags
-        table = mtsae.table_1(sae, x, mask, torch.clone)
         p = {name: value.double() for name, value in sae.state_dict().items()}
+        whole = temporal_stage(x, torch.ones_like(mask), p, cfg).float()       # without a mask
+        assert torch.allclose(sae.temporal(x), whole, atol=1e-5), flags
+        table = mtsae.table_1(sae, x, mask, torch.clone)
         conv = torch.stack([convolutions(*window, p, cfg)[0] for window in zip(x, mask)], 1)
         for rate, y in zip(sae.rates, 2 * conv[:, mask]):
             assert abs(table[f"mean_{rate}"] - y.mean()) < 1e-5, (flags, rate)
@@ -141,13 +142,14 @@ def test_mtsae_batch_norm_over_the_steps():
 def test_mtsae_statistics_stay_fp32_under_autocast():
     """Matrix products may be bf16; norms, the L1 term and the cosines of branches may not."""
     x, mask = mixed(D=16)
+    x = x.bfloat16()                                           # as the buffer keeps it
     for variant in PAPERS:
         sae, cfg = mts(variant, D=16)
-        exact = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)[0]
+        exact = mtsae.losses(sae, x.float(), mask, counts(mask), 0, cfg)[0]
         with torch.autocast("cpu", torch.bfloat16):
             terms, _, f = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)
-            mixed_h = sae.temporal(x, mask)
-        assert torch.allclose(mixed_h, sae.temporal(x, mask), atol=1e-6), variant
+            h = sae.temporal(x, mask)
+        assert torch.allclose(h, sae.temporal(x.float(), mask), atol=1e-6), variant
         assert abs(terms["l1"] - 0.04 * f.float()[mask].sum() / mask.sum()) < 1e-5, variant
         assert abs(terms.get("separation", 0) - exact.get("separation", 0)) < 1e-6
 
