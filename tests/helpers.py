@@ -217,13 +217,14 @@ words_lm = functools.partial(tiny_lm, words=WORDS, layers=3, gain=1)       # of 
 
 def saved_lm(here):
     """The tiny Llama in here/lm, for --model, and random words in here/t.jsonl, for --data."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    lm, gen = tiny_lm(), torch.Generator().manual_seed(1)
-    lm.model.save_pretrained(here / "lm")
-    lm.tokenizer.save_pretrained(here / "lm")
-    rows = [" ".join(f"w{w}" for w in row) for row in torch.randint(97, (12, 250), generator=gen)]
-    (here / "t.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    if not (here / "lm").exists():
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        lm, words = tiny_lm(), torch.randint(97, (12, 250), generator=common.generator(1, "words"))
+        lm.model.save_pretrained(here / "lm")
+        lm.tokenizer.save_pretrained(here / "lm")
+        rows = [json.dumps({"text": " ".join(f"w{word}" for word in row)}) + "\n" for row in words]
+        (here / "t.jsonl").write_text("".join(rows))
     return ("--model", here / "lm", "--data", here / "t.jsonl", "--T", 16, "--tokens", 2048,
             "--heldout_tokens", 256, "--batch_size", 4, "--dtype", "float32")
 
