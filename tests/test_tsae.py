@@ -85,7 +85,7 @@ CASES = (                           # every flag, at steps where the schedules d
 
 
 def test_tsae_losses_equal_the_equations():
-    x, mask = mixed()
+    x, mask = mixed(seed=5)
     for step, flags in CASES:
         cfg = config(tsae, T=20, warmup=2000, **{"k": 3, **flags})
         sae = shake(tsae.TSAE(6, cfg))
@@ -104,7 +104,8 @@ def test_tsae_lags_end_at_127_and_do_not_cancel():
     for T, offset, noise, tolerance in ((131, 0.0, 1.0, 1e-5), (24, 100.0, 0.01, 1e-3)):
         f = (offset + noise * torch.rand(1, T, 3, generator=gen)).requires_grad_()
         g, mask = f.detach().double().requires_grad_(), torch.ones(1, T, dtype=torch.bool)
-        ours, theirs = tsae.temporal_loss(f, mask, cfg), lag_losses(g[0], g[0], mask[0], cfg)
+        with torch.autocast("cpu", torch.bfloat16):            # must not reach the differences
+            ours, theirs = tsae.temporal_loss(f, mask, cfg), lag_losses(g[0], g[0], mask[0], cfg)
         ours.backward(), theirs.backward()
         assert abs(ours - theirs) < tolerance * theirs, T
         assert (f.grad - g.grad).norm() < tolerance * g.grad.norm(), T
