@@ -14,9 +14,12 @@ a language model), data/planted.py (--model synthetic), evals/ (evaluations and 
 """
 import os
 
-# OpenMP's threads must sleep while they wait: spinning, training beside one busy loop on two cores
-# ran at 0.4 of this speed (alone at 1.1 of it). Read when torch is loaded, so it is set before.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads sleep while they wait, where something else runs at the start: beside a busy loop
+# on two cores a step took 2.6 to 11 times as long with spinning threads, 1.8 times with sleeping
+# ones; alone 1.0, and 1.0 to 1.8. Read when torch is loaded, so it is set before.
+alone = os.path.exists("/proc/loadavg") and open("/proc/loadavg").read().split()[3][:2] == "1/"
+if not alone:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
@@ -69,8 +72,7 @@ def say(text):
 
 def progress(n, label, unit="it", start=0):
     from tqdm import tqdm
-    return tqdm(total=n, initial=start, desc=label, unit=unit, disable=rank() != 0,
-                mininterval=0.5, dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=n, initial=start, desc=label, unit=unit, disable=rank() != 0)
 
 
 def size_text(n):
@@ -393,11 +395,10 @@ def check_memory(cfg, acts):
 
 
 def fast_process(device):
-    """Settings of the whole process. On a GPU TF32 for fp32 products; on a CPU (Linux):
-    - the C library keeps freed memory; else the pages of each block above 32 MB are cleared anew,
-      which is a third of a bf16 step at F = 16 D (results/peers.json).
-    - fp32 products by oneDNN (on AMD 1.2 to 2 times MKL's speed) where they keep fp32's precision:
-      on a CPU with matrix units they would round to bf16.
+    """Settings of the whole process. On a GPU TF32 for fp32 products; on a CPU (Linux) the C
+    library keeps freed memory (else the pages of each block above 32 MB are cleared anew, a third
+    of a bf16 step at F = 16 D: results/peers.json), and fp32 products are oneDNN's (on AMD 1.2 to 2
+    times MKL's speed) where they keep fp32's precision: with matrix units they would round to bf16.
     """
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-1, 2 ** 31 - 1), (-4, 0)):   # M_TRIM_THRESHOLD, M_MMAP_MAX
@@ -656,7 +657,7 @@ def open_stores(cfg, lm, layers, split, thresholds=None):
                              sinks[layer][0, 0].float().cpu()) for layer in layers}
     key = dict(model=lm.name, weights=lm.revision, dtype=str(lm.dtype), T=cfg.T, split=split,
                tokens=cfg.tokens if split == "train" else cfg.heldout_tokens,
-               data=texts.content(cfg.data), format=2)
+               data=texts.content(cfg.data), format=3)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.cache) / f"{split}-{Path(lm.name).name}-{digest}"
     path, windows = folder / "windows.safetensors", None
@@ -696,18 +697,14 @@ def open_cached(folder, lm, layer, windows):
         return None
     try:
         side, meta = load_tensors(folder / f"L{layer}.safetensors")
-        if meta["sha256"] != file_checksum(path):
-            raise UserError(f"{path} is damaged: its contents do not fit its checksum.")
         x = torch.from_file(str(path), False, N * (L - 1) * lm.D, dtype=torch.bfloat16)
-        return Store(x.view(N, L - 1, -1), side["mask"], lm, layer, **windows,
+        x = x.view(N, L - 1, -1)
+        if meta["sha256"] != checksum({"": x}):
+            raise UserError(f"{path} is damaged: its contents do not fit its checksum.")
+        return Store(x, side["mask"], lm, layer, **windows,
                      threshold=meta["threshold"], sink=side["sink"])
     except (UserError, KeyError, TypeError, RuntimeError) as error:
         say(f"cache: {one_line(error)} Harvesting layer {layer} again.")
-
-
-def file_checksum(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()
@@ -743,7 +740,7 @@ def harvest(lm, layers, folder, windows, lm_batch, thresholds=None):
         mask, file = total(masks[layer].int().to(lm.device)).bool().cpu(), folder / f".L{layer}.tmp"
         if rank() == 0:
             save_tensors(folder / f"L{layer}.safetensors", {"mask": mask, "sink": sinks[layer]},
-                         {"sha256": file_checksum(file), "threshold": thresholds[layer]})
+                         {"sha256": checksum({"": maps[layer]}), "threshold": thresholds[layer]})
             os.replace(file, folder / f"L{layer}.bf16")
     barrier()
 
@@ -857,9 +854,10 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")                          # AdamW's stat
 
 
 def versions():
-    """Versions, commit and machine that a recorded figure needs beside it."""
+    """Versions, last commit of the code that runs, machine: a recorded figure needs them."""
     from importlib.metadata import version
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True)
+    git = subprocess.run(["git", "-C", HERE, "log", "-1", "--format=%h", "--", ":(glob)*.py",
+                          "data", "evals", "benchmarks/published.py"], capture_output=True)
     return {"python": sys.version.split()[0], "torch": torch.__version__,
             **{name: version(name) for name in ("transformers", "numpy", "safetensors")},
             "commit": git.stdout.decode().strip() or "unknown",

@@ -212,7 +212,9 @@ COLUMNS = {
     "early error": "positions.no_sink.early_error", "mean mask": "positions.mean_mask",
     "with the sink": "positions.sink_fitted.early_error", "decided": "positions.decided",
     "weight-error r": "positions.weight_difficulty_r", "span by position": "positions.span",
-    "r with first draw": "positions.r_with_first_draw", "routing entropy": "levels.entropy",
+    "r with first draw": "positions.r_with_first_draw", "masks, 1-3": "positions.prefer_first",
+    "masks, 4-64": "positions.prefer_early", "routing entropy": "levels.entropy",
+    "lambda_adv above floor": "log.above_floor", "kernels' reach": "mixing.reach",
     "energy on others": "mixing.neighbours", "score": "unlearning.score",
     "crossed": "unlearning.crossed_drop", "kept": "unlearning.crossed_kept",
     "random features": "unlearning.random", "eligible features": "unlearning.eligible"}

@@ -135,14 +135,18 @@ def read_masks(sae, acts, m, error, energy):
 
     decided: share below 0.1 or above 0.9; EV_lost_by_folding: share of the variance lost when they
     are made hard after training; r_with_first_draw: correlation of the logits with their initial
-    values. At a low temperature, logits that nothing has moved still look like masks.
+    values. At a low temperature, logits that nothing has moved still look like masks. prefer_first,
+    prefer_early: mean distance of a mask at positions 1-3, or 4 to T/2, from its mean over later
+    ones (what the draw alone makes of it: compare a run with --shuffle train).
     """
     tau = sae.tau.clone()
     sae.fold()
     folded = measure(sae, acts)[0][0].sum()
     sae.tau.copy_(tau)
     draw, alpha = sae.initial_alpha().cpu().flatten(), sae.alpha.detach().cpu().flatten()
+    moved = np.abs(m - m[len(m) // 2:].mean(0)).mean(1, dtype=float)      # (T,)
     return {"mean_mask": m.mean(dtype=float), "decided": ((m < 0.1) | (m > 0.9)).mean(),
+            "prefer_first": moved[:3].mean(), "prefer_early": moved[3:len(m) // 2].mean(),
             "EV_lost_by_folding": (folded - error) / energy,
             "r_with_first_draw": np.corrcoef(draw, alpha)[0, 1]}
 
