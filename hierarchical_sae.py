@@ -234,9 +234,9 @@ class HierarchicalSAE(nn.Module):
     def route(self, h):
         """Centred h (..., D) -> probabilities, choice of a level, gates of all levels: (..., L)."""
         # open B.gate: "causal routing" / here the router chooses a token's level: this one and
-        #   those below code the token, each the rest of the last. "top1": only that level, so
-        #   nothing is decomposed (--plant tree: EV .963, not .978, children not above parents);
-        #   "soft": codes are rescaled, nothing is routed or could degenerate / --routing
+        #   those below code the token, each the rest of the last; L1 pays for it, too. "top1":
+        #   only that level, nothing is decomposed (--plant tree: EV .963, not .978, children not
+        #   above parents); "soft": codes are rescaled, nothing is routed / --routing
         p = self.router(h).float().softmax(-1) if self.levels > 1 else torch.ones_like(h[..., :1])
         if self.cfg.routing == "soft":
             return p, p, self.levels * p
@@ -474,7 +474,7 @@ def update_monitor(sae, f, p, choice, mask, n, step, cfg):
     def mean(*values):
         sums = torch.stack([(v * mask[..., None]).sum((0, 1)) for v in values])
         return common.total(sums) / n.clamp(min=1)
-    rate = max(1 - cfg.monitor_decay, 1 / (step + 1))
+    rate = max(1 - cfg.monitor_decay, 1 / (step + 1)) * (n > 0)           # no token: no change
     sae.feature_ema.lerp_(mean(f, f.square(), f > 0), rate)               # (3, F)
     sae.route_ema.lerp_(mean(choice, torch.special.entr(p)), rate)        # (2, L)
 
