@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import types
-from pathlib import Path
 
 from tests.helpers import (SCRIPTS, WORDS, Heldout, LinearSAE, close, data, data_folder, folder,
                            make_acts, model, modules, refused_with, relative, run, saebench, skip,
@@ -63,13 +62,12 @@ def test_core_and_splice_values_equal_saebench():
             else:
                 close(got[metric], value, (name, metric))
     weights = tensors["core.sae.W_dec"], tensors["core.sae.W_enc"]
-    for name in ("core", "core_batch_0_only", "core_no_mask", "core_zero_sae"):
-        batches, scale = [], 0 if "zero" in name else 1
-        for i in range(1 if "0_only" in name else 3):
+    for name, scale, misc in (("core", 1, values["core"]["misc"]), ("core_zero_sae", 0, {})):
+        batches = []
+        for i in range(3):
             x, x_hat, f, mask = (tensors[f"core.{i}.{k}"] for k in ("x", "x_hat", "f", "mask"))
-            batches.append((x, scale * x_hat, scale * f, mask.bool() | ("no_mask" in name)))
-        same(name, bench.metrics(batches, *weights),
-             {**values[name]["metrics"], **(values[name]["misc"] if scale else {})})
+            batches.append((x, scale * x_hat, scale * f, mask.bool()))
+        same(name, bench.metrics(batches, *weights), {**values[name]["metrics"], **misc})
     for name, parts in (("recon", "012"), ("recon_specials_spliced", "0"),
                         ("recon_zero_sae", "0"), ("recon_underflow", "0")):
         sums = collections.Counter()
@@ -85,15 +83,13 @@ def test_saebench_gets_raw_features_of_windows():
     """What sae-bench is given: features in raw units, position 0 without any."""
     module = types.SimpleNamespace(CustomSAEConfig=lambda *args, **named: types.SimpleNamespace())
     parts = ("sae_bench", "sae_bench.custom_saes", "sae_bench.custom_saes.custom_sae_config")
-    sae, acts, x = model("tsae", D=32), make_acts(words_lm(), T=5), torch.randn(2, 11, 32)
+    sae, x = model("tsae", D=32), torch.randn(2, 11, 32)
     sae.scale.fill_(3.0)
     with modules(**dict.fromkeys(parts, module)):
-        peer = bench.ForSAEBench(sae, acts)
+        peer = bench.ForSAEBench(sae, make_acts(words_lm(), T=5))
     f = peer.encode(x)
     assert not f[:, 0].any() and relative(f[:, 1:], 3 * sae.encode(x[:, 1:])) < 1e-5
     assert relative(peer.decode(f[:, 1:]), sae(x[:, 1:])[0]) < 1e-5
-    with modules(sae_bench=None):
-        refused_with("pip install sae-bench", bench.run_suite, "core", sae, acts, Path("a"))
 
 
 def test_temporal_metrics_equal_their_definitions():
@@ -113,8 +109,6 @@ def test_temporal_metrics_equal_their_definitions():
     want["total_variation"] = (a - b).abs().sum(1).mean() / f[mask].sum(1).mean()
     for name, value in want.items():
         close(evals.flatten(m)[name], float(value), name, 1e-4)
-    parts = temporal.time_scales(x, mask)                  # blocks of 1, 2, 4, 8, 16 and the mean
-    assert torch.isclose(parts.sum(), x[mask].double().square().sum()) and len(parts) == 6
     mixed = sum(m["EV_by_scale"][k] * m["variance_share"][k] for k in m["EV_by_scale"])
     close(mixed, core.evaluate(sae, Heldout(x, mask))["EV"], tolerance=1e-4)
     steps = torch.eye(2).repeat_interleave(2, 0)[None]     # (1, 0) twice, then (0, 1) twice
@@ -125,14 +119,10 @@ def test_temporal_metrics_equal_their_definitions():
 def test_export_gives_the_same_code_or_is_refused():
     acts = Heldout(7 * torch.randn(4, 32, 16))
     acts.scale, x = 7.0, acts.x
-
-    def scaled(**values):
-        sae = model("tsae", **values)
-        sae.scale.fill_(7.0)
-        return sae
     with folder() as here:
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
-            sae = scaled(temporal=False, **values)
+            sae = model("tsae", temporal=False, **values)
+            sae.scale.fill_(7.0)
             for fmt in export.FORMATS:
                 export.export(sae, acts, here / fmt, fmt)
             cfg = common.read_json(here / "saelens/cfg.json")
@@ -146,34 +136,28 @@ def test_export_gives_the_same_code_or_is_refused():
                 f = tsae.topk(pre, k) if k else pre.relu()
                 assert relative(f, 7 * sae.encode(x)) < 1e-5
                 assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
-        smooth = scaled(temporal=False)
-        smooth.encode = lambda x, mask=None, real=smooth.encode: real(x) + real(x.roll(1, 1))
-        for other, word in ((scaled(), "ln.bias"), (smooth, "another code")):
+        sae.encode = lambda x, mask=None, real=sae.encode: real(x) + real(x.roll(1, 1))
+        for other, word in ((model("tsae"), "ln.bias"), (sae, "another code")):
             refused_with(word, export.export, other, acts, here / "x", "saelens")
         assert not (here / "x").exists()
 
 
-class Hostile:
-    """A tokenizer of six tokens, two of them hostile; 4 and 5 are the halves of one character."""
-    texts = ["</script><img src=x onerror=alert(1)>", " <b>&amp;", "\n", " plain", "\ufffd", "é"]
-
-    def decode(self, ids, clean_up_tokenization_spaces):
-        return "".join(self.texts[i] for i in ids).replace("\ufffdé", "é")
+HOSTILE = ("</script><img src=x onerror=alert(1)>", " <b>&amp;", " plain")    # three tokens
 
 
-def page(here, D):
-    """The feature page of random codes with stretches, feature 0 dead -> f (8, 72, D) = x, mask,
+def page(here):
+    """The feature page of random codes with stretches, feature 0 dead -> f (8, 72, 12) = x, mask,
     tokens, W_dec, html, its data."""
     gen = common.generator(0, "features")
-    x = torch.randn(8, 72, D, generator=gen)
-    x = (x + x.roll(1, 1) + x.roll(2, 1)) * torch.rand(D, generator=gen).add(0.5)
-    mask, tokens = torch.rand(8, 72, generator=gen) > 0.1, torch.full((8, 73), 3)
-    mask[1, 50:], x[..., 0], x[..., -1], x[0, 5, -1], mask[0, 5:7] = False, -1, -1, 7.0, True
-    tokens[:, 1::8], tokens[:, 2::8], tokens[0, 6], tokens[2:, 4::8] = 4, 5, 0, 1
-    acts, W_dec = Heldout(x, mask), torch.randn(D, D, generator=gen)
-    acts.lm = types.SimpleNamespace(tokenizer=Hostile(), name="a/model")
+    x = torch.randn(8, 72, 12, generator=gen)
+    x = (x + x.roll(1, 1) + x.roll(2, 1)) * torch.rand(12, generator=gen).add(0.5)
+    mask, tokens = torch.rand(8, 72, generator=gen) > 0.1, torch.full((8, 73), 2)
+    x[..., 0], x[0, 5, 11], mask[0, 5], tokens[0, 6], tokens[2:, 4::8] = -1, 9.0, True, 0, 1
+    acts, W_dec = Heldout(x, mask), torch.randn(12, 12, generator=gen)
+    decode = types.SimpleNamespace(decode=lambda ids, **_: "".join(HOSTILE[i] for i in ids))
+    acts.lm = types.SimpleNamespace(tokenizer=decode, name="a/model")
     acts.heldout_store = types.SimpleNamespace(tokens=tokens)
-    features.evaluate(LinearSAE(torch.eye(D), W_dec), acts, here)
+    features.evaluate(LinearSAE(torch.eye(12), W_dec), acts, here)
     html = (here / "features.html").read_text()
     found = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
     return x.relu() * mask[..., None], mask, tokens, W_dec, html, found
@@ -181,56 +165,43 @@ def page(here, D):
 
 def test_features_page_holds_the_right_numbers_and_no_text_is_html():
     with folder() as here:
-        f, mask, tokens, W_dec, html, data = page(here, D=12)
+        f, mask, tokens, W_dec, html, data = page(here)
     assert "<img" not in html and "<b>" not in html and "http:" not in html
     assert [row["i"] for row in data["rows"]] == list(range(1, 12)) and data["live"] == 11
-    part = torch.arange(72) * 64 // 72
     cosine = F.cosine_similarity(W_dec[:, None], W_dec[None], dim=-1)
     for row in data["rows"]:
         i, v = row["i"], f[..., row["i"]]
         on, peaks = v > 0, v.amax(1).sort(descending=True)
         again = (on[:, 1:] & on[:, :-1]).sum()
-        line = torch.stack([v[:, part == p].sum() / mask[:, part == p].sum() for p in range(64)])
         for name, want in dict(span=on.sum() / (on.sum() - again), density=on.sum() / mask.sum(),
-                               stay=again / (on[:, :-1] & mask[:, 1:]).sum(), height=line.max(),
-                               max=v.max()).items():
+                               stay=again / (on[:, :-1] & mask[:, 1:]).sum(), max=v.max()).items():
             close(row[name], want.item(), (i, name), 1e-3)
-        assert (torch.tensor(row["line"]) - 99 * line / line.max()).abs().max() < 0.6
         nearest = cosine[i].argsort(descending=True).tolist()
         assert row["near"] == [j for j in nearest if j != i][:5]
         assert len(row["contexts"]) == (peaks.values > 0).sum().clamp(max=6)
         for n, (piece, peak, value, levels) in enumerate(row["contexts"]):
             window, start, texts = data["pieces"][piece]
-            assert window == peaks.indices[n] and len(texts) >= len(levels) > peak
+            assert window == peaks.indices[n]
             close(value, v[window, start + peak].item(), (i, n), 1e-3)
-            assert window != 1 or start + len(texts) <= 50, "padding is left out"
             for t, level in enumerate(levels):
                 want = v[window, start + t].item() / row["max"] * 99
                 assert abs(level - want) <= (want > 0) if mask[window, start + t] else level == -1
-                text = Hostile.texts[tokens[window, 1 + start + t]].replace("\ufffd", "")
-                assert data["vocabulary"][texts[t]] == text
-    keys, live = [torch.rand(2000) for _ in range(3)], torch.rand(2000) > 0.2
-    chosen = features.cover_orders(keys, live, 100)        # of many features: ends of each order
-    assert len(chosen) == 100 and chosen.unique().equal(chosen) and live[chosen].all()
-    for key in keys:
-        ranked = key.masked_fill(~live, -1).argsort(descending=True)[:live.sum()]
-        assert torch.isin(torch.cat([ranked[:10], ranked[-10:]]), chosen).all()
+                assert data["vocabulary"][texts[t]] == HOSTILE[tokens[window, 1 + start + t]]
 
 
 def test_features_page_in_a_browser():
     """Features in order of span, one opened by its number, texts as texts."""
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     with folder() as here:
-        rows = page(here, D=40)[-1]["rows"]
+        rows = sorted(page(here)[-1]["rows"], key=lambda row: (-row["span"], row["i"]))
         done = subprocess.run([
             browser or skip("no chromium here"), "--headless", "--no-sandbox", "--dump-dom",
             "--disable-gpu", f"--user-data-dir={here}/profile", "--virtual-time-budget=5000",
-            f"file://{here}/features.html#f39"], capture_output=True, text=True, timeout=120)
+            f"file://{here}/features.html#f11"], capture_output=True, text=True, timeout=120)
     shown = re.findall(r'class="feature" id="f(\d+)"', done.stdout)
-    rows = sorted(rows, key=lambda row: (-row["span"], row["i"]))
     assert shown == [str(row["i"]) for row in rows], done.stdout[:300] + done.stderr[-2000:]
-    assert "<img" not in done.stdout and html.escape(Hostile.texts[0], False) in done.stdout
-    assert re.search(r'id="f39"[^>]* open', done.stdout)
+    assert "<img" not in done.stdout and html.escape(HOSTILE[0], False) in done.stdout
+    assert re.search(r'id="f11"[^>]* open', done.stdout)
 
 
 def test_selection_clamp_and_score_equal_saebench():
@@ -295,11 +266,10 @@ def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
     assert said["plain"] == same["plain"] != said["steered"]
     want = [(123, 1, 8), (77, 0, 0), (5, 0, 3), (6, 1, -2.5)]
     assert steer.parse_steer("123:+8,77:off, 5:=3,6:-2.5", 200) == want
-    for bad in ("x:+1", "5:8", "300:off", "", "5:+-3", "5:=.."):
-        refused_with("FEATURE", steer.parse_steer, bad, 200)
+    refused_with("FEATURE", steer.parse_steer, "300:off", 200)
 
 
-def test_pooling_probe_and_sampling_equal_saebench():
+def test_pooling_and_probes_equal_saebench():
     tensors, values = saebench()
     sae = fixture_sae(tensors, "pool.sae")
     for name in ("a", "b"):
@@ -307,8 +277,6 @@ def test_pooling_probe_and_sampling_equal_saebench():
         for v, want in ((x, "mean_x"), (sae.encode(x), "mean_f")):
             pooled = probing.pool(v, x, torch.ones(x.shape[:2]).bool())
             assert relative(pooled, tensors[f"pool.{name}.{want}"]) < 1e-5
-    x = torch.zeros(1, 3, 16)
-    assert not probing.pool(x, x, x[..., 0] == 0).any(), "no position: 0, not NaN"
     x, x_test = (torch.cat([tensors[f"probe.{part}.{side}"] for side in ("pos", "neg")]).numpy()
                  for part in ("train", "test"))
     y, y_test = np.repeat([1, 0], 100), np.repeat([1, 0], 50)
@@ -317,12 +285,6 @@ def test_pooling_probe_and_sampling_equal_saebench():
         found = probing.probe_accuracy(x[:, columns], y, x_test[:, columns], y_test)
         assert columns.tolist() == want["features"], k
         close(found, want["accuracy"])
-    for labels, n in (("w" * 12 + "x" * 10 + "y" * 12 + "z" * 12, 10), ("xxxxxxxxy", 1)):
-        rows, y = probing.one_vs_rest(list(labels), "x")   # balanced, the others evenly
-        drawn = collections.Counter(labels[row] for row in rows)
-        assert y.tolist() == [1] * n + [0] * n and len(set(rows)) == 2 * n
-        assert {labels[row] for row in rows[:n]} == {"x"} and drawn.pop("x") == n
-        assert max(drawn.values()) <= math.ceil(n / 3)
 
 
 def probe_rows(n=40):
@@ -339,24 +301,19 @@ def probe_rows(n=40):
 def test_probing_finds_the_words_and_a_zero_sae_scores_a_half():
     W = F.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
     sae, lm, text = LinearSAE(W.t().clone(), W), words_lm(), "b0 b1 a0 a1 b2 b3"
-    with data_folder(probes=probe_rows()) as here:
-        acts = make_acts(lm, cache=str(here / "c"))
+    with data_folder(probes=probe_rows()):
+        acts = make_acts(lm)
         good, zero = probing.evaluate(sae, acts), probing.evaluate(zero_sae(32, 64), acts)
-        (cache,) = here.glob("c/probes-*")
-        cache.write_bytes(b"damaged")                      # made again
-        assert probing.evaluate(sae, acts) == good
     assert {row["task"] for row in good["per_task"]} == {"letter", "start", "inside"}
     assert good["sae_all"] > 0.9 and good["residual_all"] > 0.9 and good["pca_top_5"] > 0.8, good
     assert all(zero[f"sae_top_{k}"] == 0.5 for k in probing.KS)
-    assert all(zero[name] == value for name, value in good.items() if name.startswith("residual"))
     items = [{"task": "q", "split": "train", "text": text, "spans": [[6, 11]]}]
     ids = torch.tensor([[lm.bos, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]])
     states = common.hidden_states(lm, ids, [1])[1][0, 1:]
-    for T, side, inside in ((8, "right", 2), (3, "left", 1)):
-        lm.tokenizer.padding_side = lm.tokenizer.truncation_side = side
-        x, _, labels = probing.encode_texts(zero_sae(32, 8), make_acts(lm), items, T)["q"]["train"]
-        assert labels.count("inside") == inside and len(labels) == min(T, 6)
-        assert relative(x, states[:T]) < 0.01, "not the first tokens, in order"       # bf16
+    lm.tokenizer.padding_side = lm.tokenizer.truncation_side = "left"
+    x, _, labels = probing.encode_texts(zero_sae(32, 8), make_acts(lm), items, 3)["q"]["train"]
+    assert labels == ["outside", "outside", "inside"]
+    assert relative(x, states[:3]) < 0.01, "not the first tokens, in order"           # bf16
 
 
 def test_positions_by_hand():
@@ -365,33 +322,21 @@ def test_positions_by_hand():
     for column, found in zip(profile.T, positions.spans(profile)):
         assert found == next(w for w in range(1, 24) for s in range(24 - w)
                              if column[s:s + w].sum() >= column.sum() / 2 * (1 - 1e-9))
-    assert positions.spans(np.ones((128, 1))) == [64]      # a feature that ignores position
     sae, (x, mask) = model("temporal_lens", D=6, T=12), data(B=37, D=6)
     acts = Heldout(x, mask)
-    errors, profiles, off = positions.measure(sae, acts)
+    (error, energy, scored), profiles, off = positions.measure(sae, acts)
     x_hat, f = (v.detach() for v in sae(x, mask))
-    for got, y in zip(errors, (x_hat, acts.mean)):
+    for got, y in ((error, x_hat), (energy, acts.mean)):
         assert np.allclose(got, ((x - y) / sae.scale).square().sum(-1) * mask, atol=1e-4)
-    assert (errors[2] == mask.numpy()).all()
-    for t in range(12):
-        halves = [f[i::2, t][mask[i::2, t]].mean(0) for i in (0, 1)]
-        assert np.allclose(profiles[:, t], torch.stack(halves), atol=1e-5)
-        assert abs(off[t] - (f[:, t][mask[:, t]] == 0).float().mean()) < 1e-6
+    for i, profile in enumerate(profiles):                 # of even and of odd windows
+        total = torch.where(mask[i::2, :, None], f[i::2], 0.0).sum(0)
+        assert np.allclose(profile, total / mask[i::2].sum(0)[:, None], atol=1e-5)
+    assert (scored == mask.numpy()).all() and abs(off.mean() - (f[mask] == 0).float().mean()) < 0.01
     error, scored = 1 + 0.1 * rng.random((50, 128)), np.ones((50, 128))
     error[:, :32] *= 0.85
     error[:, 40] = scored[:, 40] = 0                       # not scored: not in the late mean
     out = positions.early_late(error, 2 * scored, scored)
     assert abs(out["early_error"] + 0.15) < 0.01 and out["p"] < 1e-10
-    group, profile = np.repeat(np.arange(8), 10), 0.1 * rng.random((128, 80))
-    profile += np.arange(128)[:, None] // 16 == group
-    labels = positions.cluster(profile * 10 ** rng.random(80))[1]         # not by how much
-    assert len({*zip(group, labels)}) == len({*labels}) == 8
-    # a sink that is fitted exactly: of 3 early positions 1 is free, so their error falls by 1/3
-    acts.heldout_store = types.SimpleNamespace(sink=torch.full((6,), 300.0))
-    errors = 1 + 1e-6 * rng.random((3, 37, 12))
-    fitted = positions.sink_cases(sae, acts, errors)["sink_fitted"]
-    assert np.array_equal(fitted[..., 1:], errors[..., :-1]), "every token one position later"
-    assert abs(positions.early_late(*fitted)["early_error"] + 1 / 3) < 1e-4
 
 
 def test_evaluations_of_a_run_from_the_command_line():
@@ -402,14 +347,11 @@ def test_evaluations_of_a_run_from_the_command_line():
             assert run(importlib.import_module(f"evals.{name}"), "a")[0] == 0, name
         results, by = (common.read_json(here / f"a/{name}.json") for name in ("eval", "position"))
         assert results["core"] == before["core"] and results["temporal"] == before["temporal"]
-        assert len(by["error"]) == len(by["weight"]) == 32 and abs(sum(by["weight"]) - 32) < 1e-3
-        assert abs(results["positions"]["features_off"] - results["core"]["inactive"]) < 1e-3
+        assert len(by["error"]) == 32 and abs(sum(by["weight"]) - 32) < 1e-3
         assert results["zero"]["L0"] == results["zero"]["l2_ratio"] == 0 > results["zero"]["EV"]
-        assert results["features"]["live"] > 0 and (here / "a/features.html").exists()
         figures.training(here / "a")
-        for name in ("training", "positions", "clusters"):
-            assert (here / f"a/{name}.png").stat().st_size > 5000
+        for name in ("features.html", "training.png", "positions.png", "clusters.png"):
+            assert (here / "a" / name).stat().st_size > 5000, name
         for name, *words in (("probing",), ("unlearning",), ("steer", "0:off", "text")):
             status, _, err = run(importlib.import_module(f"evals.{name}"), "a", *words)
             assert status in (2, 3) and "synthetic" in err, name      # said, no crash
-        assert run(temporal, "nowhere")[0] == run(temporal)[0] == 2
