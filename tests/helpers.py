@@ -97,10 +97,15 @@ def same_files(a, b):
 
 
 def refused(*flags, words=(), module=tsae):
-    """The command ends with status 2 and one sentence that holds the words."""
+    """The command ends with status 2 and one sentence that holds the words; no file changes."""
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    before = files()
     status, _, err = run(module, *flags)
-    assert status == 2 and "Traceback" not in err, (flags, status, err)
-    assert all(word in err for word in words), (words, err)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(said) == 1, (flags, status, err[-300:])
+    assert all(word in said[0] for word in words), (words, said)
+    assert files() == before, f"the folder has changed; {said}"
 
 
 def refused_with(word, function, *args):
