@@ -1,5 +1,6 @@
 """Benchmarks: runs made once and collected, verdicts that follow the numbers, timings of toys."""
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -16,8 +17,7 @@ import torch
 from benchmarks import claims, controls, experiments, peers, throughput
 
 
-def silent():
-    return contextlib.redirect_stdout(io.StringIO())
+silent = functools.partial(contextlib.redirect_stdout, io.StringIO())
 
 
 def test_every_recorded_command_is_one_that_its_script_takes():
@@ -48,11 +48,10 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
             replaced(experiments.subprocess, "run", in_process):
         experiments.run([one], workers=1)
         out = one.folder(0, 1)
-        assert out == Row("tsae", f"{flags}  --no-temporal").folder(0, 1)
         weights = (out / "sae_weights.safetensors").read_bytes()
         assert experiments.lacks(out, "core,temporal") == ["temporal"]
         experiments.run([more], workers=1)
-        assert experiments.lacks(out, "core,temporal") == []
+        assert not experiments.lacks(out, "core,temporal")
         assert (out / "sae_weights.safetensors").read_bytes() == weights, "trained again"
         table = experiments.collect({"plain": more}, {}, ["core.EV"])
         values = table[key]["values"]["core.EV"]
@@ -60,7 +59,6 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
         shutil.rmtree(out)                                 # recorded on another machine
         again = experiments.collect({"plain": more}, table, ["core.EV"])
         assert again[key]["values"]["core.EV"] == values
-        assert "| plain, layer 0 | 2 |" in experiments.show(again)
 
 
 def test_claims_verdicts_follow_from_the_numbers():
@@ -71,26 +69,28 @@ def test_claims_verdicts_follow_from_the_numbers():
                        ("B - A", [0.23, 0.46]), ("A@5: m", [3.0, 4.0]), ("C", [])):
         found = claims.values(table, item, "m")
         assert torch.allclose(torch.tensor(found), torch.tensor(want)), (item, found)
-    for numbers, want in (([1, 1, 1], "holds"), ([3] * 3, "fails"), ([1.2, 2.2, 1.3], "undecided")):
-        assert claims.state(numbers, 0, 2) == want, numbers
     assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
     for claim in claims.CLAIMS:
-        inside = claim.low if math.isfinite(claim.low) else claim.high
-        outside = claim.low - 1 if math.isfinite(claim.low) else claim.high + 1
+        inside, outside = claim.low, claim.low - 1
+        if not math.isfinite(claim.low):
+            inside, outside = claim.high, claim.high + 1
         for numbers, want in (([inside] * 3, "reproduced"), ([], "not run"),
+                              ([inside, inside + 1, inside - 1], "within the noise of the seeds"),
                               ([outside] * 3, "refuted (in all readings tried)")):
             with replaced(claims, "values", lambda *_: numbers):
                 found = claims.judge(claim, {})["verdict"]
             assert found == ("not testable here" if claim.untestable else want), (claim.id, found)
         assert bool(claim.untestable) != bool(claim.readings and claim.criterion), claim.id
+    two = types.SimpleNamespace(readings={"one": "A", "other": "A@5"}, metric="m", any=False,
+                                low=0, high=2, untestable="")
+    assert claims.judge(two, table)["verdict"] == "depends on the reading"
 
 
 def test_claims_pages_follow_from_the_recorded_numbers():
     """Verdicts and page in the tree are what the recorded values give, byte for byte."""
     data = json.loads((HERE / "results/claims.json").read_text())
     again = json.loads(json.dumps(claims.ledger(data["runs"])))
-    for old, new in zip(data["claims"], again["claims"], strict=True):
-        assert old == new, (old, new)
+    assert data["claims"] == again["claims"]
     assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
 
 
@@ -102,23 +102,22 @@ def test_throughput_times_steps_and_random_gemma_as_a_toy():
         return {"status": 0}
     for script in SCRIPTS:
         seconds = throughput.step_seconds(script, {}, 16, torch.float32, 3, 1, sequences=2, T=8)
-        assert len(seconds) == 2 and min(seconds) > 0, script
-    with folder() as here, replaced(throughput, "command", command), silent() as said:
+        assert len(seconds) == 2, script
+    with folder() as here, replaced(throughput, "command", command), silent():
         throughput.main(["--random_gemma", "--toy", "--cases", "standard, ReLU", "--out", "."])
-        table = json.loads((here / "gpu.json").read_text())
+        table = common.read_json(here / "gpu.json")
     assert len(asked) == 4 * len(SCRIPTS), "run, two processes, killed, resumed"
-    assert len(table["rows"]) == 4 and table["lm_tokens/s"] > 0 and "| case |" in said.getvalue()
+    assert len(table["rows"]) == 4 and table["lm_tokens/s"] > 0
     assert all(row.get("tokens/s", 0) > 0 for row in table["rows"] if not row["compile"])
 
 
 def test_peers_ours_runs_and_a_missing_package_is_a_row():
-    libraries = {**dict.fromkeys(("ours", "ours (plain process)"), peers.LIBRARIES["ours"]),
-                 "other": ("no-such-package-of-saes", None)}
-    with replaced(peers, "LIBRARIES", libraries), replaced(peers, "start", peers.one):
-        *ours, missing = peers.measure(16, ["float32"], [4], 1)["rows"]
-    assert missing == {"library": "other", "reason": "not installed"} and len(ours) == 4
+    libraries = {"ours": peers.LIBRARIES["ours"], "other": ("no-such-package-of-saes", None),
+                 "ours (plain process)": peers.LIBRARIES["ours"]}
+    with replaced(peers, "LIBRARIES", libraries):          # each in a process of its own
+        rows = peers.measure(16, ["float32"], [4], 1)["rows"]
+    ours = [row for row in rows if row["library"] != "other"]
+    assert {"library": "other", "reason": "not installed"} in rows and len(ours) == 4
     for row in ours:
         assert row["F"] == 64 and row["ours/this"] > 0 and row["floor/step"] > 0
         assert 0 < row["slowest"] <= row["thousand tokens/s"] <= row["fastest"]
-    for row in peers.start("ours", 16, ["float32"], [4]):
-        assert row["F"] == 64 and len(row["seconds"]) == 2
