@@ -5,16 +5,16 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-from tests.helpers import (HERE, SAES, SCRIPTS, TINY, LinearSAE, config, data, folder, log, model,
-                           refused, refused_with, relative, replaced, run, same_files, saved_lm,
-                           skip, tiny, tiny_lm, weights)
+from tests.helpers import (HERE, SCRIPTS, TINY, LinearSAE, config, folder, log, refused,
+                           refused_with, relative, replaced, run, same_files, saved_lm, skip, tiny,
+                           tiny_lm)
 
 import common
 import torch
@@ -111,6 +111,9 @@ def test_cached_and_live_batches_agree_and_do_not_depend_on_the_past():
     assert torch.equal(x, acts.train_store.get(order[:n // 4 * 4], "cpu")[0].float())
     x, mask = acts.fill(0)
     assert abs((x[mask].float() / acts.scale).norm(dim=1).mean() - math.sqrt(32)) < 1e-2
+    x, y, z = (next(next(common.open_activations(config(tsae, shuffle=how))).heldout())[0]
+               for how in ("off", "train", "all"))
+    assert torch.equal(x, y) and not torch.equal(x, z), "held-out tokens are shuffled by all only"
 
 
 def test_cache_is_used_checked_and_repaired():
@@ -128,13 +131,6 @@ def test_cache_is_used_checked_and_repaired():
             (acts, _), said = open_tiny(here)
             assert said.count("cache:") >= 2 and word in said, (name, said)
             assert torch.equal(acts.batch(0)[0], first.batch(0)[0]), name
-
-
-def test_held_out_tokens_are_shuffled_only_when_asked():
-    x, y, z = (next(next(common.open_activations(config(tsae, shuffle=how))).heldout())[0]
-               for how in ("off", "train", "all"))
-    assert torch.equal(x, y) and not torch.equal(x, z)
-    assert torch.equal(x.sort(1).values, z.sort(1).values)
 
 
 def test_a_reconstruction_is_spliced_in_at_scored_positions_only():
@@ -172,20 +168,6 @@ def test_topk_fast_equals_plain_in_values_and_gradients():
     assert common.gather_pays(h, 40, 5) and not common.gather_pays(h, 40, 6)
 
 
-def test_compiled_losses_are_the_same():
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        skip("no C++ compiler on this machine")
-    (x, mask), sae, found = data(T=32), model("tsae", temporal=False, compile=True), []
-    for losses in (common.compiled(tsae.losses, sae.cfg), tsae.losses):
-        sae.zero_grad()
-        terms = losses(sae, x, mask, mask.sum(), 0, sae.cfg)[0]
-        sum(terms.values()).backward()
-        found.append({**terms, **{name: p.grad for name, p in sae.named_parameters()}})
-    assert common.compiled(tsae.losses, config(tsae)) is tsae.losses
-    for name in found[1]:
-        assert relative(found[0][name].detach(), found[1][name].detach()) < 1e-5, name
-
-
 def test_no_tensor_is_made_on_the_wrong_device():
     """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
     meta, real, AdamW = torch.device("meta"), torch.Generator, torch.optim.AdamW
@@ -204,28 +186,12 @@ def test_no_tensor_is_made_on_the_wrong_device():
     acts = SimpleNamespace(D=16, steps=2, scale=1.0, mean=x[0, 0], device=meta,
                            batch=lambda step: (x, mask), autocast=contextlib.nullcontext)
     topk = dict(activation="topk", k=4)
-    for script, values in (
-            ("tsae", {}), ("tsae", {"temporal": False, **topk}), ("temporal_lens", {}),
-            ("mtsae", topk), ("mtsae", {"variant": "unlearning"}),
-            *(("hierarchical_sae", {"variant": variant}) for variant in hierarchical_sae.VARIANTS)):
-        with replaced(common, "Run", lambda *_: loop), replaced(common, "generator", generator), \
-                replaced(common, "gather_pays", lambda *_: True), \
-                replaced(torch.optim, "AdamW", plain_adamw):
+    with replaced(torch.optim, "AdamW", plain_adamw), mock.patch.multiple(
+            common, Run=lambda *_: loop, generator=generator, gather_pays=lambda *_: True):
+        for script, values in (("tsae", {}), ("tsae", topk), ("temporal_lens", {}), ("mtsae", topk),
+                               ("mtsae", dict(variant="unlearning")), *(
+                ("hierarchical_sae", dict(variant=v)) for v in hierarchical_sae.VARIANTS)):
             SCRIPTS[script].train(config(SCRIPTS[script], **values), acts)
-
-
-def test_a_finished_run_is_opened_as_it_was():
-    with folder() as here:
-        for script, module in SCRIPTS.items():
-            tiny(module, script, 12)
-            sae, acts, path = evals.open_run(script)
-            assert type(sae).__name__ == SAES[script]
-            assert {"W_enc", "W_dec", "b_enc", "b_dec"} <= set(weights(script))
-            found = common.read_json(path / "eval.json")["core"]
-            assert found["EV"] == core.evaluate(sae, acts)["EV"]
-        assert not [*here.glob("*/checkpoint*"), *here.glob("*/.*.tmp")]
-        tiny(tsae, "other", 12, "--seed", 7)
-        assert log("tsae") != log("other")
 
 
 def stopping(action, at, layer=None):
@@ -258,6 +224,7 @@ def test_killed_runs_resume_exactly():
                 status, _, err = run(SCRIPTS[script], *args)
                 assert status == 0, err
             same_files("a", "whole")
+            assert not [*Path().glob("*/checkpoint*"), *Path().glob("*/.*.tmp")]
             times = Path("a/timing.jsonl").read_text().splitlines()
             assert [json.loads(line)["step"] for line in times] == list(range(40)), "not once each"
 
