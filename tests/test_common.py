@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 from tests.helpers import (HERE, SCRIPTS, TINY, LinearSAE, config, folder, log, refused,
@@ -170,21 +169,16 @@ def test_topk_fast_equals_plain_in_values_and_gradients():
 
 def test_no_tensor_is_made_on_the_wrong_device():
     """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
-    meta, real, AdamW = torch.device("meta"), torch.Generator, torch.optim.AdamW
-
-    def log_on_device(step, sums, **scalars):
-        assert all(value.device == meta and value.dim() == 0 for value in sums.values()), sums
+    meta, AdamW, x = torch.device("meta"), torch.optim.AdamW, torch.randn(4, 32, 16, device="meta")
+    loop = mock.Mock(total=2, steps=lambda: range(2), log_due=lambda step: False)
+    acts = mock.Mock(D=16, steps=2, scale=1.0, mean=x[0, 0], device=meta,
+                     batch=lambda step: (x, x[..., 0] > 0), autocast=contextlib.nullcontext)
 
     def generator(seed, name, device="cpu"):               # the meta device has no generator
-        return None if torch.device(device) == meta else real(device).manual_seed(0)
+        return None if torch.device(device) == meta else torch.Generator()
 
     def plain_adamw(*args, **flags):                       # fused exists on real devices only
         return AdamW(*args, **{**flags, "fused": False})
-    loop = SimpleNamespace(total=2, steps=lambda: range(2), log=log_on_device,
-                           log_due=lambda step: False, evaluate=lambda *_: {})
-    x, mask = torch.randn(4, 32, 16, device=meta), torch.ones(4, 32, dtype=bool, device=meta)
-    acts = SimpleNamespace(D=16, steps=2, scale=1.0, mean=x[0, 0], device=meta,
-                           batch=lambda step: (x, mask), autocast=contextlib.nullcontext)
     topk = dict(activation="topk", k=4)
     with replaced(torch.optim, "AdamW", plain_adamw), mock.patch.multiple(
             common, Run=lambda *_: loop, generator=generator, gather_pays=lambda *_: True):
@@ -192,6 +186,8 @@ def test_no_tensor_is_made_on_the_wrong_device():
                                ("mtsae", dict(variant="unlearning")), *(
                 ("hierarchical_sae", dict(variant=v)) for v in hierarchical_sae.VARIANTS)):
             SCRIPTS[script].train(config(SCRIPTS[script], **values), acts)
+            for call in loop.log.call_args_list:
+                assert all(v.device == meta and v.dim() == 0 for v in call.args[1].values()), script
 
 
 def stopping(action, at, layer=None):
