@@ -1,7 +1,6 @@
 """The ledger of claims: what each paper says in numbers, beside what this repository measures.
 
     python benchmarks/claims.py C                    run what paper C's claims lack, then write
-    python benchmarks/claims.py C --list             the runs that they need, and what is done
     python benchmarks/claims.py all --table          run nothing: collect what is there and write
 
 Reads benchmarks/claims.toml: quotes, criteria, and the readings of the papers' open points that
@@ -10,7 +9,6 @@ the judged claims) and results/claims.md. A verdict is computed, never typed: a 
 fails, or is undecided where a bound lies within two standard errors of the mean over seeds; a claim
 is refuted only if it fails in all its readings. The papers give no tolerances: the bounds are ours.
 """
-import argparse
 import collections
 import functools
 import json
@@ -31,6 +29,7 @@ import torch
 
 from benchmarks import experiments, throughput
 from benchmarks.experiments import COLUMNS, Row, mean_sd
+from evals.saebench import max_cosine
 
 PAPERS = {"A": ("MTSAE: multi-scale temporal feature extraction", "mtsae.py"),
           "B": ("Hierarchical temporal-aware SAE", "hierarchical_sae.py"),
@@ -107,7 +106,7 @@ def read(folder):
             out.update({f"probing.{task['task']}.{k}": v for k, v in task.items() if k != "task"})
         tensors = common.load_tensors(folder / "sae_weights.safetensors")[0]
         n, D = tensors["W_dec"].shape
-        out["decoder_cosine"] = max_cosine(tensors["W_dec"])
+        out["decoder_cosine"] = max_cosine(tensors["W_dec"]).mean().item()
         out["cosine_over_random"] = out["decoder_cosine"] / random_cosine(n, D)
         units, l1 = D / tensors["scale"].item() ** 2, config["config"]["l1"]
         out.update(derived(lambda name: out.get(name, math.nan), units, l1))
@@ -131,15 +130,10 @@ def derived(get, units, l1):
         "positions.learnt": get("positions.decided") * (get("positions.r_with_first_draw") < 0.5)}
 
 
-def max_cosine(W):
-    """Mean largest cosine of a row to another."""
-    W = W / W.norm(dim=1, keepdim=True)
-    return (W @ W.t()).fill_diagonal_(-1).amax(1).mean().item()
-
-
 @functools.lru_cache
 def random_cosine(n, D):
-    return max_cosine(torch.randn(n, D, generator=common.generator(0, "directions")))
+    W = torch.randn(n, D, generator=common.generator(0, "directions"))
+    return max_cosine(W).mean().item()
 
 
 def log_summary(log):
@@ -174,19 +168,19 @@ def spread(values):
     return statistics.pstdev(v - start - slope * t for t, v in enumerate(values))
 
 
-def step(script, T=128, D=576, **fields):
+def step(script, *flags, T=128, D=576):
     """Median seconds of a training step on 16 random sequences."""
-    return statistics.median(throughput.step_seconds(script, fields, D, torch.float32, 6, 2, T=T))
+    return statistics.median(throughput.step_seconds(script, flags, D, torch.float32, 6, 2, T=T))
 
 
-def saved_bytes(script, n, **fields):
+def saved_bytes(script, *flags, n):
     """Bytes that autograd keeps for one step on n sequences, each storage once."""
     kept = {}
     def keep(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        throughput.step_seconds(script, fields, 576, torch.float32, 1, 0, sequences=n)
+        throughput.step_seconds(script, flags, 576, torch.float32, 1, 0, sequences=n)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -201,17 +195,17 @@ def code_seconds(D):
 
 def step_times(repeats=5):
     """Ratios of step times, all cases once a repeat, and of bytes: {metric: {repeat: value}}."""
-    out, plain = collections.defaultdict(dict), {"script": "tsae", "temporal": False}
+    out, plain = collections.defaultdict(dict), ("tsae", "--no-temporal")
     for i in range(repeats):
         multi = step("mtsae")
-        out["MTSAE over standard"][i] = multi / step(**plain)
-        out["three rates over one"][i] = multi / step("mtsae", rates="1")
+        out["MTSAE over standard"][i] = multi / step(*plain)
+        out["three rates over one"][i] = multi / step("mtsae", "--rates=1")
         out["exponent in T"][i] = math.log(
             step("temporal_lens", T=256) / step("temporal_lens", T=64), 4)
         out["exponent in d"][i] = math.log(code_seconds(2048) / code_seconds(512), 4)
-    out["MTSAE over standard, D 2304"][0] = step("mtsae", D=2304) / step(D=2304, **plain)
-    grown = [saved_bytes(n=4, **case) - saved_bytes(n=2, **case)      # weights, constants cancel
-             for case in ({"script": "mtsae"}, plain)]
+    out["MTSAE over standard, D 2304"][0] = step("mtsae", D=2304) / step(*plain, D=2304)
+    grown = [saved_bytes(*case, n=4) - saved_bytes(*case, n=2)        # weights, constants cancel
+             for case in (("mtsae",), plain)]
     out["MTSAE over standard, bytes"][0] = grown[0] / grown[1]
     return out
 
@@ -351,21 +345,15 @@ def markdown(data):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = experiments.arguments(__doc__)
     parser.add_argument("paper", choices=[*PAPERS, "all"])
-    experiments.arguments(parser)
     args = parser.parse_args(argv)
-    path = experiments.RESULTS / "claims.json"
     chosen, used = [c for c in CLAIMS if args.paper in (c.id[0], "all")], asked(CLAIMS)
     names = dict.fromkeys(key.split(" | ")[0] for key in asked(chosen))
-    names = dict.fromkeys(RUNS, 1) if args.paper == "all" else names
-    wanted = {name: RUNS[name] for name in names if name in RUNS}
-    if args.list:
-        return experiments.listing(wanted)
+    wanted = [*RUNS] if args.paper == "all" else [name for name in names if name in RUNS]
     old = experiments.recorded("claims")
-    if not args.table:
-        experiments.run(list(wanted.values()), args.more, args.workers)
+    if not experiments.prepare(args, {name: RUNS[name] for name in wanted}):
+        return
     table = experiments.collect(RUNS, old, set().union(*used.values(), COLUMNS.values()), read)
     for key, row in table.items():
         row["values"] = {metric: v for metric, v in row["values"].items()
@@ -376,12 +364,12 @@ def main(argv=None):
         elif name in names and not args.table:
             where = experiments.provenance(f"{measure.__name__}()", common.versions())
             table[key] = {"command": where["command"], "seeds": {"0": where}, "values": measure()}
-    data = ledger(table)
+    data, path = ledger(table), experiments.RESULTS / "claims.json"
     common.write_json(path, data)
     common.write_atomic(path.with_suffix(".md"), markdown(data))
-    for row in data["claims"]:
-        if args.paper in (row["id"][0], "all"):
-            print(f"{row['id']:<5} {row['verdict']}")
+    for claim, row in zip(CLAIMS, data["claims"]):
+        if claim in chosen:
+            print(f"{claim.id:<5} {row['verdict']}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Does each paper's mechanism act where there is something to find? On planted data it can be told.
 
     python benchmarks/controls.py              run what is missing, then table, page and figure
-    python benchmarks/controls.py --table      run nothing: collect and write
-    python benchmarks/controls.py --list       the commands, and which of them are done
 
 For each paper a plant of data/planted.py; on it the standard SAE, the method at the same L0, and
 the method trained on data whose truth is destroyed (--shuffle train). Settings were found with
@@ -10,12 +8,7 @@ seeds 1 to 4; seeds 42 to 44 were looked at, too (T = 256 was chosen after them)
 recorded: other weights and order, the same planted sequences. Writes results/controls.json,
 results/controls.png and, in docs/results.md, what stands between `<!-- controls -->` and
 `<!-- /controls -->`. About 7 minutes on two cores.
-
-Not met: B's levels follow how often a feature is on, with a tree or without; D on `noisy`, since
-its loss rewards no context, and on `domains` in one seed of three. What was tried is in WHY, and
-so on the page.
 """
-import argparse
 import dataclasses
 import json
 import sys
@@ -28,9 +21,6 @@ import numpy as np
 
 from benchmarks import experiments
 from benchmarks.experiments import Row, mean_sd
-
-RESULT, FIGURE = experiments.RESULTS / "controls.json", experiments.RESULTS / "controls.png"
-PAGE, BEGIN, END = HERE / "docs/results.md", "<!-- controls -->", "<!-- /controls -->"
 
 WHY = {   # reasons, and what else was tried (seeds 1 to 4)
     "A": """Coherence 45 is 300 times the paper's 0.15, 4.7 times what 0.15 is on activations of
@@ -66,11 +56,12 @@ class Control:
 
     def table(self, paper):
         """{label: Row} of benchmarks/experiments.py"""
-        rows = {**self.rows, "method, shuffled": self.rows["method"] + " --shuffle train"}
-        return {f"{paper}: {name}": Row(script, " ".join(
-            f"--model synthetic --plant {self.plant} {self.shared} {flags}".split()), "core",
-            (45, 46, 47))
-            for name, (script, _, flags) in ((n, text.partition(" ")) for n, text in rows.items())}
+        rows, out = {**self.rows, S: self.rows[M] + " --shuffle train"}, {}
+        for name, text in rows.items():
+            script, _, own = text.partition(" ")
+            flags = f"--model synthetic --plant {self.plant} {self.shared} {own}".split()
+            out[f"{paper}: {name}"] = Row(script, " ".join(flags), "core", (45, 46, 47))
+        return out
 
 
 STANDARD, M, S = "tsae --no-temporal", "method", "method, shuffled"
@@ -181,7 +172,7 @@ def section(record):
         met = {mark: test(found) for mark, test in control.marks.items()}
         lines += ["", *(f"- {mark}: {'met' if seeds.all() else '**not met**'} ({seeds.sum()} of "
                         f"{len(seeds)} seeds)" for mark, seeds in met.items()), "", WHY[paper], ""]
-    return "\n".join(lines)
+    return "\n".join(lines[:-1])
 
 
 def draw(record):
@@ -203,24 +194,18 @@ def draw(record):
         axis.set(xlim=(-0.5, 2.5), title=f"{paper}: {control.plant}",
                  ylabel=control.score.removeprefix(R))
         axis.grid(alpha=0.3)
-    figures.save(figure, FIGURE, 90)
+    figures.save(figure, experiments.RESULTS / "controls.png", 90)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    experiments.arguments(parser)
-    args = parser.parse_args(argv)
+    args = experiments.arguments(__doc__).parse_args(argv)
     table = {label: row for paper, c in CONTROLS.items() for label, row in c.table(paper).items()}
-    if args.list:
-        return experiments.listing(table)
-    if not args.table:
-        experiments.run(list(table.values()), args.more, args.workers)
+    if not experiments.prepare(args, table):
+        return
     metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
     record = experiments.collect(table, experiments.recorded("controls"), sorted(metrics), numbers)
-    common.write_json(RESULT, record)
-    before, after = PAGE.read_text().split(BEGIN)[0], PAGE.read_text().split(END)[1]
-    common.write_atomic(PAGE, f"{before}{BEGIN}\n{section(record)}{END}{after}")
+    common.write_json(experiments.RESULTS / "controls.json", record)
+    experiments.fill("controls", lambda match: section(record))
     draw(record)
     print(section(record))
 

@@ -1,8 +1,6 @@
 """Runs behind the tables: suites of (script, flags, seeds, layers), each run made once and kept.
 
     python benchmarks/experiments.py compare              what is missing, then the table and figure
-    python benchmarks/experiments.py compare --table      run nothing: collect, print, draw
-    python benchmarks/experiments.py compare --list       the commands, and which of them are done
     python benchmarks/experiments.py compare --seeds 42 --rows "TopK 64" --more "--cache DIR"
     python benchmarks/experiments.py settings             what each common setting is worth
     python benchmarks/experiments.py tables               write the tables of README.md and docs/
@@ -187,7 +185,7 @@ def collect(table, old, metrics, read=numbers):
     out = {}
     for label, row in table.items():
         for layer, seed in row.jobs():
-            key, command = f"{label.strip()} | layer {layer}", row.command(layer)
+            key, command = f"{label} | layer {layer}", row.command(layer)
             kept = old.get(key) if old.get(key, {}).get("command") == command else None
             entry = out.setdefault(key, kept or {"command": command, "seeds": {}, "values": {}})
             found = read(row.folder(layer, seed))
@@ -245,10 +243,10 @@ def mean_sd(values):
 
 def fill(pattern, body):
     """In README.md, docs/ and benchmarks/README.md: what stands between a line `<!-- pattern -->`
-    and `<!-- end -->` becomes body(match)."""
+    and `<!-- end -->` (or `<!-- /controls -->`) becomes body(match)."""
     for page in (HERE / "README.md", HERE / "benchmarks/README.md", *HERE.glob("docs/*.md")):
         before = page.read_text()
-        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- end -->)",
+        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- (?:end|/controls) -->)",
                        lambda m: f"{m[1]}{body(m)}\n", before)
         if after != before:
             common.write_atomic(page, after)
@@ -276,7 +274,7 @@ def draw(table, path):
     figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
     for axis, title in zip(axes, ("EV", "CE score")):
         for number, name in enumerate(METHODS):
-            line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
+            line, color = [], f"C{number}"
             for label, row in table.items():
                 found = re.fullmatch(rf"{name}(, shuffled)?, TopK \d+ \| layer 19", label)
                 if found and COLUMNS[title] in row["values"]:
@@ -284,7 +282,7 @@ def draw(table, path):
                     axis.plot(x, y, "o", color=color, markerfacecolor="none" if found[1] else color)
                     line += [] if found[1] else [(statistics.fmean(x), statistics.fmean(y))]
             if line:
-                axis.plot(*zip(*sorted(line)), dashes, label=name, color=color)
+                axis.plot(*zip(*sorted(line)), label=name, color=color)
         axis.set(xscale="log", xlabel="L0 (active features a token)", ylabel=title,
                  title="a dot a seed; hollow: trained on shuffled tokens")
         axis.set_xticks([16, 64, 256], [16, 64, 256])
@@ -294,30 +292,35 @@ def draw(table, path):
     figures.save(figure, path, 90)
 
 
-def arguments(parser):
-    """Flags that claims.py has too."""
+def arguments(doc):
+    """A parser with the flags of all benchmarks that run Rows."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing: collect and write")
     parser.add_argument("--list", action="store_true", help="the commands, and what is done")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time (0: one a core)")
     parser.add_argument("--more", default="",
                         help="flags for every run that change no result, such as '--cache DIR'")
+    return parser
 
 
-def listing(table):
-    for label, row in table.items():
+def prepare(args, table):
+    """Run what {label: Row} lacks, or with --list only print it -> whether to collect and write."""
+    for label, row in table.items() if args.list else ():
         for layer, seed in row.jobs():
             seconds = numbers(row.folder(layer, seed)).get("train_seconds")
             state = "not run" if seconds is None else f"{seconds:.0f} s"
-            print(f"{state:>8}  {label.strip()}: {row.command(layer)} --seed {seed}")
+            print(f"{state:>8}  {label}: {row.command(layer)} --seed {seed}")
+    if not args.list and not args.table:
+        run(list(table.values()), args.more, args.workers)
+    return not args.list
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("suite", choices=[*SUITES, "tables"])
     parser.add_argument("--seeds", default="", help="such as 42,43 [the suite's]")
     parser.add_argument("--rows", default="", help="rows whose label matches this expression")
-    arguments(parser)
     args = parser.parse_args(argv)
     if args.suite == "tables":
         fill(r"table (\w+): (.+): (.+)", table_of)
@@ -326,10 +329,8 @@ def main(argv=None):
     seeds = tuple(map(int, filter(None, args.seeds.split(","))))
     chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
               for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
-    if args.list:
-        return listing(chosen)
-    if not args.table:
-        run(list(chosen.values()), args.more, args.workers)
+    if not prepare(args, chosen):
+        return
     table = collect(SUITES[args.suite], recorded(args.suite), COLUMNS.values())
     if table:
         common.write_json(RESULTS / f"{args.suite}.json", table)

@@ -23,17 +23,12 @@ own, started in turn, with torch's default threads. Our scripts set two things f
 (common.fast_process); "ours (plain process)" is our step without them, like with like. A library
 that is not installed is a row that says so.
 """
-import argparse
 import contextlib
 import importlib.metadata
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -43,30 +38,25 @@ import common
 import torch
 
 from benchmarks import throughput
-from benchmarks.throughput import LENGTH, SEQUENCES, TOKENS
+from benchmarks.throughput import LENGTH, SEQUENCES, TOKENS, RandomActivations
 
 K = 32
-ACTIVATIONS = {"ReLU": dict(activation="relu"), "TopK 32": dict(activation="topk", k=K)}
 
 # ----------------------------------------------------------------------------------------------
 # Drivers: (activation, D, F, dtype, steps) -> seconds of each step after the first
 # ----------------------------------------------------------------------------------------------
 
 
-def clock(D, dtype, seconds):
-    """The same batch (2048, D) fp32 for ever; `seconds` gets the time from one to the next."""
-    x = throughput.RandomActivations(D, 1, dtype).x.flatten(0, 1)
+def batches(acts):
+    """The same batch (2048, D) fp32 for ever; acts notes when it is asked for."""
     while True:
-        throughput.sync()
-        start = time.perf_counter()
-        yield x
-        throughput.sync()
-        seconds.append(time.perf_counter() - start)
+        yield acts.batch()[0].flatten(0, 1)
 
 
 def ours(activation, D, width, dtype, steps):
-    fields = {**ACTIVATIONS[activation], "temporal": False, "expansion": width // D}
-    return throughput.step_seconds("tsae", fields, D, dtype, steps + 1)
+    script, flags = throughput.CASES[f"standard, {activation}"]
+    flags = [*flags, f"--expansion={width // D}"]
+    return throughput.step_seconds(script, flags, D, dtype, steps + 1)
 
 
 def saelens(activation, D, width, dtype, steps):
@@ -74,26 +64,25 @@ def saelens(activation, D, width, dtype, steps):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
     kind, more = ("Standard", {}) if activation == "ReLU" else ("TopK", {"k": K})
-    sizes, seconds = dict(d_in=D, d_sae=width, device=str(common.pick_device())), []
-    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(**sizes, **more)
+    acts, device = RandomActivations(D, 1, dtype), str(common.pick_device())
+    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=width, device=device, **more)
     trainer = SAETrainerConfig(                            # neither first nor last step is measured
         total_training_samples=(steps + 2) * TOKENS, train_batch_size_samples=TOKENS, lr_end=3e-4,
-        device=sizes["device"], autocast=dtype == torch.bfloat16)
-    SAETrainer(trainer, getattr(sae_lens, f"{kind}TrainingSAE")(cfg),
-               clock(D, dtype, seconds)).fit()
-    return seconds[1:]
+        device=device, autocast=dtype == torch.bfloat16)
+    SAETrainer(trainer, getattr(sae_lens, f"{kind}TrainingSAE")(cfg), batches(acts)).fit()
+    return acts.seconds()[1:]
 
 
 def dictionary_learning(activation, D, width, dtype, steps):
     from dictionary_learning.trainers import StandardTrainer, TopKTrainer
     Trainer, more = (StandardTrainer, {}) if activation == "ReLU" else (TopKTrainer, {"k": K})
+    acts = RandomActivations(D, 1, dtype)
     trainer = Trainer(steps=10_000, activation_dim=D, dict_size=width, layer=0, lm_name="none",
-                      device=str(common.pick_device()), **more)      # steps: for its schedules
-    autocast, seconds = throughput.RandomActivations(D, 1, dtype).autocast, []
-    for step, x in zip(range(steps + 2), clock(D, dtype, seconds)):
-        with autocast():
+                      device=str(acts.device), **more)     # steps: for its schedules
+    for step, x in zip(range(steps + 2), batches(acts)):
+        with acts.autocast():
             trainer.update(step, x.to(dtype))
-    return seconds[1:]
+    return acts.seconds()[1:]
 
 
 class FixedModel(torch.nn.Module):
@@ -112,15 +101,14 @@ class FixedModel(torch.nn.Module):
 
 def sparsify(activation, D, width, dtype, steps):
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
-    seconds = []
-    first = itertools.islice(clock(D, dtype, []), 1)       # asked for to learn D
-    model = FixedModel(itertools.chain(first, clock(D, dtype, seconds)))
+    acts = RandomActivations(D, 1, dtype)
+    model = FixedModel(batches(acts))
     data = [{"input_ids": torch.zeros(LENGTH, dtype=torch.long)}] * (SEQUENCES * (steps + 2))
     with tempfile.TemporaryDirectory() as here:            # it saves what it trained
         Trainer(TrainConfig(SparseCoderConfig(num_latents=width, k=K), batch_size=SEQUENCES,
                             hookpoints=["block"], log_to_wandb=False, save_dir=here),
                 data, model).fit()
-    return seconds[1:]
+    return acts.seconds()[2:]                              # it asked once before, to learn D
 
 
 LIBRARIES = {  # name: (package, driver)
@@ -146,7 +134,7 @@ def one(library, D, dtypes, expansions):
     rows, (package, driver) = [], LIBRARIES[library]
     if library == "ours":
         common.fast_process(common.pick_device())
-    for activation, name, e in itertools.product(ACTIVATIONS, dtypes, expansions):
+    for activation, name, e in itertools.product(("ReLU", f"TopK {K}"), dtypes, expansions):
         dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": e * D}
         row["reason"] = refusal(library, activation, dtype)
         steps = 2 * min(3, max(expansions) // e)           # narrow ones are short: three times
@@ -166,14 +154,13 @@ def one(library, D, dtypes, expansions):
 def start(*arguments):
     """`one` in a new process; a failed one is a row with the last line of its errors."""
     code = f"import json; from benchmarks.peers import one; print(json.dumps(one{arguments}))"
-    env = {**os.environ, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    env = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
         env["SPARSIFY_DISABLE_TRITON"] = "1"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          env=env)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])    # the libraries print, too
-    return [{"activation": "", "dtype": "", "F": 0, "reason": done.stderr.strip()[-90:]}]
+    try:
+        return throughput.in_process(code, HERE, **env)
+    except RuntimeError as error:
+        return [{"activation": "", "dtype": "", "F": 0, "reason": str(error)[-90:]}]
 
 
 def measure(D, dtypes, expansions, repeats):
@@ -195,28 +182,23 @@ def measure(D, dtypes, expansions, repeats):
         for name, repeated in case.items():
             row = {"activation": activation, "dtype": dtype, "F": width, "library": name}
             if name in median:
+                floor = statistics.median(row["floor"] for row in case["ours"])
                 row |= {"thousand tokens/s": TOKENS / median[name] / 1e3,
                         "slowest": TOKENS / max(seconds[name]) / 1e3,
                         "fastest": TOKENS / min(seconds[name]) / 1e3,
                         "plain/this": median[name] / median["ours (plain process)"],
-                        "ours/this": median[name] / median["ours"], "floor/step":
-                        statistics.median(row["floor"] for row in case["ours"]) / median[name]}
+                        "ours/this": median[name] / median["ours"],
+                        "floor/step": floor / median[name]}
             rows.append({**row, "reason": repeated[-1]["reason"]})
     rows += [{"library": name, "reason": "not installed"} for name in LIBRARIES
              if name not in packages]
-    return {"rows": rows, "D": D, "repeats": repeats, "packages": packages,
-            "device": str(common.pick_device()), "versions": common.versions()}
+    return {"rows": rows, "D": D, "packages": packages, "device": str(common.pick_device())}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of peers.json")
-    args = parser.parse_args(argv)
+    args = throughput.arguments(__doc__).parse_args(argv)
     table = measure(576, ("float32", "bfloat16"), (1, 4, 16), args.repeats)
-    common.write_json(args.out / "peers.json", table)
-    print(throughput.markdown(table))
+    throughput.record(args, "peers", table)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -32,82 +33,72 @@ import common
 import torch
 
 SCRIPTS = ("tsae", "temporal_lens", "mtsae", "hierarchical_sae")
-CASES = {f"{label}, {kind}": (script, {**values, **more}) for label, script, values in (
-    ("standard", "tsae", dict(temporal=False)), ("TSAE", "tsae", {}),
-    ("TemporalLens", "temporal_lens", {}), ("MTSAE extraction", "mtsae", {}),
-    ("MTSAE unlearning", "mtsae", dict(variant="unlearning")),
-    ("hierarchical", "hierarchical_sae", dict(variant="hierarchical")),
-    ("hierarchical temporal", "hierarchical_sae", {}))
-    for kind, more in (("ReLU", {}), ("TopK 32", dict(activation="topk", k=32)))}
+CASES = {f"{label}, {kind}": (script, [*flags, *more]) for label, script, *flags in (
+    ("standard", "tsae", "--no-temporal"), ("TSAE", "tsae"), ("TemporalLens", "temporal_lens"),
+    ("MTSAE extraction", "mtsae"), ("MTSAE unlearning", "mtsae", "--variant=unlearning"),
+    ("hierarchical", "hierarchical_sae", "--variant=hierarchical"),
+    ("hierarchical temporal", "hierarchical_sae"))
+    for kind, more in (("ReLU", []), ("TopK 32", ["--activation=topk", "--k=32"]))}
 SEQUENCES, LENGTH = 16, 128
 TOKENS = SEQUENCES * LENGTH
 
-# ----------------------------------------------------------------------------------------------
-# One step
-# ----------------------------------------------------------------------------------------------
-
-
 class RandomActivations:
-    """What train() needs, over the same random sequences each step."""
+    """What train() needs, over the same random sequences each step; times: of each request."""
     lm, truth, layer, scale, autocast = None, None, 0, 1.0, common.Activations.autocast
 
     def __init__(self, D, steps, dtype, sequences=SEQUENCES, T=LENGTH, cfg=None):
         self.D, self.T, self.steps, self.dtype, self.cfg = D, T, steps, dtype, cfg
-        self.device, self.variance = common.pick_device(), float(D)
+        self.device, self.variance, self.times = common.pick_device(), float(D), []
         self.x = torch.randn(sequences, T, D, generator=common.generator(0, "x")).to(self.device)
         self.mask = torch.ones(sequences, T, dtype=torch.bool, device=self.device)
         self.mean = torch.zeros(D, device=self.device)
 
-    def batch(self, step):
+    def batch(self, step=0):
+        self.times.append(now())
         return self.x, self.mask
 
+    def seconds(self):
+        """From each request to the next: a step."""
+        return [end - start for start, end in itertools.pairwise(self.times)]
 
-class Stopwatch:
-    """Stands in for common.Run: yields the steps, keeps the seconds of each, writes nothing."""
-    last = dir = None
 
+class NoRun:
+    """Stands in for common.Run: yields the steps, writes nothing, reads no value back."""
     def __init__(self, script, variant, cfg, acts, sae, opt):
-        self.total, self.seconds, Stopwatch.last = acts.steps, [], self
+        self.total = acts.steps
 
     def steps(self):
-        for step in range(self.total):
-            sync()
-            start = time.perf_counter()
-            yield step
-            sync()
-            self.seconds.append(time.perf_counter() - start)
+        return range(self.total)
 
-    log = evaluate = log_due = lambda self, *args, **more: None     # no value is read back
+    log = evaluate = log_due = lambda self, *args, **more: None
 
 
-def sync():
+def now():
+    """The time, in seconds, at which all that was asked of the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(work):
-    sync()
-    start = time.perf_counter()
+    start = now()
     work()
-    sync()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def step_seconds(script, fields, D, dtype, steps, skip=1, sequences=SEQUENCES, T=LENGTH):
-    """Seconds of each training step of one script without the first `skip`; fields: Config's."""
-    flags, module = [], importlib.import_module(script)
-    for name, value in {**fields, "batch_size": sequences, "T": T, "model": "auto"}.items():
-        flags.append(f"--{name}={value}" if type(value) is not bool else
-                     f"--{name}" if value else f"--no-{name}")
+def step_seconds(script, flags, D, dtype, steps, skip=1, sequences=SEQUENCES, T=LENGTH):
+    """Seconds of each training step of one script without the first `skip`."""
+    module = importlib.import_module(script)
+    flags = [*flags, f"--batch_size={sequences}", f"--T={T}", "--model=auto"]
     with contextlib.redirect_stdout(None):                 # the preset's line
         defaults = getattr(module, "defaults", None)
         cfg = common.configure(module.Config, module.LAPTOP, defaults, flags)
-    cfg.steps, real, common.Run = steps, common.Run, Stopwatch    # schedules keep their length
-    try:
-        module.train(cfg, RandomActivations(D, steps, dtype, sequences, T, cfg))
-    finally:
-        common.Run = real
-    return Stopwatch.last.seconds[skip:]
+    cfg.steps = steps                                      # now: schedules keep their length
+    acts = RandomActivations(D, steps, dtype, sequences, T, cfg)
+    with mock.patch.object(common, "Run", NoRun):
+        module.train(cfg, acts)
+    acts.batch()                                           # the end of the last step
+    return acts.seconds()[skip:]
 
 
 def floor(D, width, dtype, repeats):
@@ -135,9 +126,9 @@ def measure(args):
         dtype = getattr(torch, name)
         found.setdefault((name, e), []).append(floor(lm.D, e * lm.D, dtype, 2))
         for label in args.labels:
-            script, fields = CASES[label]
+            script, flags = CASES[label]
             found.setdefault((name, e, label), []).extend(
-                step_seconds(script, {**fields, "expansion": e}, lm.D, dtype, 3))
+                step_seconds(script, [*flags, f"--expansion={e}"], lm.D, dtype, 3))
     median = {case: statistics.median(seconds) / TOKENS for case, seconds in found.items()}
     for (name, e), label in itertools.product(cases, args.labels):
         token = median[name, e, label]
@@ -147,19 +138,21 @@ def measure(args):
     return {"model": lm.name, "D": lm.D, "lm_us/token": 1e6 * lm_token, "rows": rows}
 
 
-# ----------------------------------------------------------------------------------------------
-# Steps in other processes
-# ----------------------------------------------------------------------------------------------
+def in_process(code, here, **env):
+    """What a new process prints as json on its last line; here: its working directory."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True,
+                          env={**os.environ, **env})
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 CHILD = """
 import json, sys
 {first}
 sys.path[:0] = [{here!r}, {here!r} + "/benchmarks"]
 import common, throughput, torch
-if hasattr(common, "fast_process"):
-    common.fast_process(torch.device("cpu"))
-else:                                          # a checkout from before they were one function
-    common.keep_freed_memory(), common.fast_products(torch.device("cpu"))
+common.fast_process(torch.device("cpu"))
 print(json.dumps({{label: throughput.step_seconds(*throughput.CASES[label], 576, torch.float32, 8,
                                                  2) for label in {labels!r}}}))
 """
@@ -167,21 +160,17 @@ print(json.dumps({{label: throughput.step_seconds(*throughput.CASES[label], 576,
 
 def in_turn(args, ways):
     """Step times (fp32, F = D = 576) of the ways {name: (checkout, busy loops beside, first line of
-    the process, its environment)}, each in a new process, in turn: {label: {name: ms a step}}."""
+    the process)}, each in a new process, in turn: {label: {name: ms a step}}."""
     found = {}
-    for name, (here, loops, first, env) in list(ways.items()) * args.repeats:
+    for name, (here, loops, first) in list(ways.items()) * args.repeats:
         code = CHILD.format(first=first, here=str(here), labels=args.labels)
-        env = {key: value for key, value in {**os.environ, **env}.items() if value}
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
         try:
-            done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True,
-                                  text=True, env=env)
+            times = in_process(code, here)
         finally:
             for process in busy:
                 process.kill()
-        if done.returncode:
-            raise SystemExit(f"{here}: {done.stderr[-2000:]}")
-        for label, seconds in json.loads(done.stdout.splitlines()[-1]).items():
+        for label, seconds in times.items():
             found.setdefault(label, {}).setdefault(name, []).extend(seconds)
     return {label: {name: 1e3 * statistics.median(values) for name, values in both.items()}
             for label, both in found.items()}
@@ -190,9 +179,9 @@ def in_turn(args, ways):
 def busy(args):
     """Steps alone and beside N busy loops, OpenMP's threads waiting as they do by themselves and
     passively. Fair: a loop shares one of C cores with one of our threads, so C - N / 2 are ours."""
-    waiting = {"own": ("import torch", {"OMP_WAIT_POLICY": ""}),          # before common sets it
-               "passive": ("", {"OMP_WAIT_POLICY": "PASSIVE"})}
-    found = in_turn(args, {(how, n): (HERE, n, *more) for how, more in waiting.items()
+    waiting = {"own": "import os; os.environ.pop('OMP_WAIT_POLICY', 0); import torch",
+               "passive": "import os; os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'"}
+    found = in_turn(args, {(how, n): (HERE, n, first) for how, first in waiting.items()
                            for n in (0, args.busy)})
     cores, rows = os.cpu_count(), []
     fair = 1 - args.busy / 2 / cores if args.busy <= cores else cores / (cores + args.busy)
@@ -205,16 +194,13 @@ def busy(args):
 
 def against(args):
     """Steps of another checkout and of this one, in turn."""
-    found = in_turn(args, {"old": (Path(args.against).resolve(), 0, "", {}),
-                           "new": (HERE, 0, "", {})})
+    found = in_turn(args, {"old": (Path(args.against).resolve(), 0, ""), "new": (HERE, 0, "")})
     return {"against": args.against, "rows": [
         {"case": label, "old_ms": ms["old"], "new_ms": ms["new"], "new/old": ms["new"] / ms["old"]}
         for label, ms in found.items()]}
 
 
-# ----------------------------------------------------------------------------------------------
-# Gemma-2-2B's shape with random weights
-# ----------------------------------------------------------------------------------------------
+# --random_gemma
 
 TOY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
            num_key_value_heads=2, head_dim=16, vocab_size=300)
@@ -222,14 +208,9 @@ TOY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_atten
 
 def write_gemma(folder, shape):
     """A folder for --model without a download: the shape of transformers' Gemma2Config (that is
-    Gemma-2-2B's) with `shape` in it, random weights, a tokenizer whose tokens are bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast
-    letters = ["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                            bos_token="<bos>").save_pretrained(folder)
+    Gemma-2-2B's) with `shape` in it, random weights, and ByT5's tokens, which are bytes."""
+    from transformers import AutoModelForCausalLM, ByT5Tokenizer, Gemma2Config
+    ByT5Tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     with common.pick_device():
         model = AutoModelForCausalLM.from_config(Gemma2Config(**shape), dtype=torch.bfloat16)
@@ -249,29 +230,25 @@ def command(script, model, out, layer, more, processes=1, kill=False):
             if kill and (out / "checkpoint.safetensors").exists():
                 process.kill()
             time.sleep(0.02)
-    return {"status": process.returncode, "seconds": time.perf_counter() - start,
-            "tokens/s": last(out / "timing.jsonl", "tokens_per_s"),
-            "last loss": last(out / "log.jsonl", "loss"),
-            "error": text.read_text().strip()[-200:] if process.returncode > 0 else ""}
-
-
-def last(path, name):
-    """A field of the last line of a .jsonl file; None without the file."""
-    lines = path.read_text().splitlines() if path.exists() else ()
-    return json.loads(lines[-1])[name] if lines else None
+    row = {"status": process.returncode, "seconds": time.perf_counter() - start}
+    for shown, file, name in (("tokens/s", "timing", "tokens_per_s"), ("last loss", "log", "loss")):
+        path = out / f"{file}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else ()
+        row[shown] = json.loads(lines[-1])[name] if lines else None
+    return {**row, "error": text.read_text().strip()[-200:] if process.returncode > 0 else ""}
 
 
 def gemma_step(label, D, e, fast):
     """A row: tokens/s of a step, and on a GPU the memory held at its peak beyond that before."""
-    script, fields = CASES[label]
+    script, flags = CASES[label]
     row, cuda = {"case": label, "F": e * D, "compile": fast}, torch.cuda.is_available()
+    flags = [*flags, f"--expansion={e}", "--compile" if fast else "--no-compile"]
     try:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         before = cuda and torch.cuda.memory_allocated()
-        fields = {**fields, "expansion": e, "compile": fast}
-        took = step_seconds(script, fields, D, torch.bfloat16, 6, 3)
+        took = step_seconds(script, flags, D, torch.bfloat16, 6, 3)
         row["tokens/s"] = TOKENS / statistics.median(took)
         row["peak_GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else None
     except Exception as error:                             # no compiler, no memory: the row says so
@@ -321,25 +298,36 @@ def markdown(table):
     return "\n\n".join([*parts, ", ".join(rest) + "."])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+def arguments(doc):
+    """A parser with the flags of all benchmarks that time steps."""
+    parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the table")
+    return parser
+
+
+def record(args, name, table):
+    """Write a table to <out>/<name>.json and print it."""
+    table = {**table, "repeats": args.repeats, "versions": common.versions()}
+    common.write_json(args.out / f"{name}.json", table)
+    print(markdown(table))
+
+
+def main(argv=None):
+    parser = arguments(__doc__)
     parser.add_argument("--busy", type=int, default=0, help="busy loops beside the steps")
     parser.add_argument("--against", default="", help="another checkout of this repository")
     parser.add_argument("--random_gemma", action="store_true", help="Gemma-2-2B's shape")
     parser.add_argument("--toy", action="store_true", help="with --random_gemma: a tiny shape")
     parser.add_argument("--cases", default="", help="cases whose label matches this expression")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
     args.labels = [label for label in CASES if re.search(args.cases, label)]
     if not (args.busy or args.against):                    # those measure in other processes
         common.fast_process(common.pick_device())
     name, work = (("busy", busy) if args.busy else ("against", against) if args.against else
                   ("gpu", gemma) if args.random_gemma else ("throughput", measure))
-    table = {**work(args), "repeats": args.repeats, "versions": common.versions()}
-    common.write_json(args.out / f"{name}.json", table)
-    print(markdown(table))
+    record(args, name, work(args))
 
 
 if __name__ == "__main__":
