@@ -8,7 +8,6 @@ import math
 import sys
 
 import torch
-import torch.nn.functional as F
 
 import evals
 import hierarchical_sae
@@ -153,13 +152,6 @@ def test_invariants_of_every_model():
             with contextlib.suppress(ValueError, common.UserError):
                 sae.encode(torch.zeros(5, 16))
                 raise AssertionError(case)
-
-
-def test_topk_by_hand():
-    pre = torch.tensor([[3.0, -1.0, 2.0, 5.0], [-3.0, -1.0, -2.0, 0.5]])
-    for topk in (tsae.topk, lambda h, k: common.encode_topk(h, torch.eye(4), torch.zeros(4), k)):
-        assert topk(pre, 2).tolist() == [[3, 0, 0, 5], [0, 0, 0, 0.5]]
-        assert torch.equal(topk(pre, 4), F.relu(pre)), "k = F is the ReLU"
 
 
 # --- Schedules and defaults ------------------------------------------------------------------
