@@ -34,7 +34,7 @@ Paper -> code
     Eq. A.2, A.6    losses, neighbours                reconstruction + sparsity - coherence
     Eq. D.1, D.4    losses                            norm + sparsity + separation of the branches
     Sec. A.4.3      resample, lr_factor               neuron resampling; warm-up
-    Sec. D.4, D.5   lr_factor, monitor                schedule; statistics every 10 steps
+    D, Sec. 4, 5    lr_factor, monitor                schedule; statistics every 10 steps
 
 What the papers leave open; each is argued at the line that settles it: grep -n "open A.bn" *.py
     open A.bn           batch norm of what               --batch_norm branch | average | off
@@ -91,7 +91,7 @@ class Config(common.RunConfig):     # model, text, device, run folder: common.py
     k: Count = 32                   # active features per token with topk (ours)
     # temporal stage
     rates: str = "1,4,16"           # dilation rates, a branch each (Eq. A.3; D: 1,2,4,8)   ABLATION
-    padding: Literal["circular", "causal"] = "circular"   # Sec. A.4.4, D.4; causal: ours   ABLATION
+    padding: Literal["circular", "causal"] = "circular"   # Sec. A.4.4; causal: ours   ABLATION
     conv_init: Literal["identity", "pytorch"] = "identity"   # kernels' start (A.init)   ABLATION
     conv_range: NonNegative = 0.1   # identity: uniform in +- this about it (not tuned)
     batch_norm: Literal["branch", "average", "off"] = "branch"   # paper A (A.bn)   ABLATION
@@ -106,10 +106,10 @@ class Config(common.RunConfig):     # model, text, device, run folder: common.py
     # schedule
     steps: Steps = 4000             # optimiser steps; 0 = one pass over the tokens (A.steps)
     batch_size: Count = 125         # sequences per step (Sec. A.4.4; D: 2048 tokens, D.batch)
-    lr: Positive = 3e-4             # AdamW (Sec. A.4.3, D.5)
-    lr_warmup: Steps = 1000         # steps of learning-rate warm-up (Sec. A.4.3, D.4)
+    lr: Positive = 3e-4             # AdamW (Sec. A.4.3; D, Sec. 5)
+    lr_warmup: Steps = 1000         # steps of learning-rate warm-up (Sec. A.4.3)
     schedule: Literal["constant", "cosine", "cosine-warmup"] = "constant"   # D: cosine (D.schedule)
-    weight_decay: NonNegative = 0.0 # AdamW's (A: not given, S.decay; Sec. D.5: 0.01)
+    weight_decay: NonNegative = 0.0 # AdamW's (A: not given, S.decay; D, Sec. 5: 0.01)
     clip: NonNegative = 0.0         # gradient-norm clipping; 0 = off, as in both papers
     project_gradient: bool = True   # remove the gradient along each decoder row (S.projection)
     resample_every: Steps = 1000    # steps between resamplings, 0 = off (Sec. A.4.3; D: 0) ABLATION
@@ -225,7 +225,7 @@ class MTSAE(nn.Module):
         return self.bn(h, mask) if self.cfg.batch_norm == "average" else h
 
     def branches(self, x, mask=None):
-        """The K convolutions C_r, and the tokens themselves: K times (B, T, D), (B, T, D). fp32."""
+        """C_r (A.3: Conv_i) for each rate, and the tokens: K times (B, T, D), (B, T, D). fp32."""
         padded, before = self.pad(x, mask)
 
         def at(shift):   # x_{t + shift}, for every t
@@ -311,11 +311,11 @@ def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms;
     error = ((x_hat.float() - x.float()) / sae.scale).pow(2).sum(-1) * mask   # (B, T)
     stats = {"error": error.sum() / tokens, "active": ((f > 0).sum(-1) * mask).sum() / tokens}
     error = error / (x.shape[-1] if cfg.recon_reduction == "mean" else 1)   # ABLATION: collapses
-    # Eq. A.2, A.6: 2.0 ‖A - g(f)‖_2²   Eq. D.1, D.4: ‖h - h_hat‖_2, the norm
+    # Eq. A.2, A.6: L = 2.0 ‖A - g(f)‖_2² + 0.04 ‖f‖_1 - 0.15 cos(f_t, f_{t+1})
+    # Eq. D.1, D.4: L = ‖h - h_hat‖_2 + λ_1 ‖e‖_1 + λ_2 1/(K(K-1)) Σ_{i≠j} max(0, cos(z_i, z_j))
     recon = error if cfg.recon == "squared" else error.clamp(min=1e-12).sqrt() * mask
     terms = {"recon": cfg.recon_weight * recon.sum() / tokens}
     if cfg.activation == "relu":
-        # Eq. A.2, A.6: + 0.04 ‖f‖_1   Eq. D.1, D.4: + λ_1 ‖e‖_1
         terms["l1"] = cfg.l1 * (f.sum(-1) * mask).sum() / tokens          # f >= 0
     if cfg.variant == "extraction" and cfg.coherence:
         # Eq. A.6: - 0.15 cos(f_t, f_{t+1}); Eq. A.2 adds 0.15 L_temporal, which is -cos: the same
@@ -422,7 +422,7 @@ def train(cfg, acts):
         # 5. step   6. renormalise
         opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg, run.total)
         opt.step()
-        normalize_decoder(sae)                                            # Sec. A.4.3, D.4
+        normalize_decoder(sae)                                            # Sec. A.4.3, and D
         # 7. bookkeeping: how long each neuron has been silent; the dead restart
         fired = common.total(mask.flatten().float() @ f.flatten(0, 1)) > 0   # (F,), f >= 0
         sae.inactive.add_(1).mul_(~fired)
@@ -436,7 +436,7 @@ def train(cfg, acts):
 
 @torch.no_grad()
 def monitor(sae, x, mask, f, n):
-    """Sec. D.5, on log steps (every 10): gradient norm (before projection), convolutions, shares of
+    """D, Sec. 5, on log steps (every 10): gradient norm (not projected), convolutions, shares of
     features on at some token, on at most tokens, ever resampled, buffer; over all processes."""
     # open D.buffers: not said which / here of what it served: mean raw norm, share of scored tokens
     tokens = n[0].clamp(min=1)
