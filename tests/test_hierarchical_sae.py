@@ -198,18 +198,6 @@ def test_hierarchical_one_level_is_the_standard_sae():
     refused_with("heads", hs, 12)
 
 
-def test_hierarchical_levels_are_gated_as_declared():
-    """depth: a level only on top of those below it; top1: one level a token; soft: all of them."""
-    x, mask = mixed(T=10, D=16)
-    for routing in ("depth", "top1", "soft"):
-        sae, cfg = hs(variant="hierarchical", routing=routing, shift=2.0)      # features are on
-        f, p, _ = sae.code(x, mask)
-        on = torch.stack([(part > 0).any(-1) for part in f.split(sae.sizes, -1)], -1)   # (B, T, 3)
-        level, chosen = torch.arange(3), p.argmax(-1)[..., None]
-        want = {"depth": level <= chosen, "top1": level == chosen, "soft": level < 3}[routing]
-        assert torch.equal(on, want.expand_as(on)) and chosen.unique().numel() == 3, routing
-
-
 def test_hierarchical_temporal_losses_stay_fp32_under_autocast():
     sae, cfg = hs()
     image, mask = mixed(T=10, D=16)
