@@ -199,6 +199,7 @@ def tiny_lm(kind="Llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gai
     """A random language model of an architecture, width 32, and a tokenizer of whole words."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
+    transformers.utils.logging.disable_progress_bar()
     vocab = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
