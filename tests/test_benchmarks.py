@@ -64,12 +64,10 @@ def test_claims_verdicts_follow_from_the_numbers():
     """Of made-up values; how these are read: the recorded ones, below."""
     assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
     for claim in claims.CLAIMS:
-        inside, outside = claim.low, claim.low - 1
-        if not math.isfinite(claim.low):
-            inside, outside = claim.high, claim.high + 1
+        inside, step = (claim.low, -1) if math.isfinite(claim.low) else (claim.high, 1)
         for numbers, want in (([inside] * 3, "reproduced"), ([], "not run"),
                               ([inside, inside + 1, inside - 1], "within the noise of the seeds"),
-                              ([outside] * 3, "refuted (in all readings tried)")):
+                              ([inside + step] * 3, "refuted (in all readings tried)")):
             with replaced(claims, "values", lambda *_: numbers):
                 found = claims.judge(claim, {})["verdict"]
             assert found == ("not testable here" if claim.untestable else want), (claim.id, found)

@@ -225,12 +225,11 @@ def two_languages():
         lm.model(input_ids=rows, labels=rows).loss.backward()
         opt.step()
     lm.model.requires_grad_(False)
-    acts, kinds = make_acts(lm, layer=0), {"code": "a", "prose": "b"}
-    rows = [{"split": split, "domain": domain, "text": walk(kinds[domain], 64, seed + i)}
-            for domain in kinds for split, seed in (("train", 100), ("heldout", 0))
-            for i in range(12)]
+    acts = make_acts(lm, layer=0)
+    rows = [{"split": split, "domain": letter, "text": walk(letter, 64, i)} for letter in "ab"
+            for split, first in (("train", 100), ("heldout", 0)) for i in range(first, first + 12)]
     with data_folder(corpus=rows):
-        both = [unlearning.domain_states(acts, "corpus", name) for name in kinds]
+        both = [unlearning.domain_states(acts, "corpus", letter) for letter in "ab"]
     a, b = (states["select"][1][:, 1:].reshape(-1, 32) for states in both)
     W, bias = torch.zeros(40, 32), torch.full((40,), -1e6)
     W[0] = F.normalize(a.mean(0) - b.mean(0), dim=0)

@@ -134,7 +134,7 @@ def test_mtsae_batch_norm_over_the_steps():
 
 
 def test_mtsae_statistics_stay_fp32_under_autocast():
-    """Matrix products may be bf16; norms, the L1 term and the cosines of branches may not."""
+    """Matrix products may be bf16; norms and the cosines of branches may not."""
     x, mask = mixed(D=16)
     x = x.bfloat16()                                           # as the buffer keeps it
     for variant in PAPERS:
@@ -142,10 +142,9 @@ def test_mtsae_statistics_stay_fp32_under_autocast():
         sae.scale.fill_(1.7)                                   # division by 2 would be exact
         exact = mtsae.losses(sae, x.float(), mask, counts(mask), 0, cfg)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            terms, _, f = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)
+            terms = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)[0]
             h = sae.temporal(x, mask)
         assert torch.allclose(h, sae.temporal(x.float(), mask), atol=1e-6), variant
-        assert abs(terms["l1"] - 0.04 * f.float()[mask].sum() / mask.sum()) < 1e-5, variant
         assert abs(terms.get("separation", 0) - exact.get("separation", 0)) < 1e-6
 
 
