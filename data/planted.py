@@ -27,12 +27,10 @@ CHILDREN = 3                           # of each parent of the tree
 
 
 def make(cfg):
-    """Training sequences and held-out ones behind them -> x (n, T, D), truth.
-
-    truth: dictionary (M, D) of unit rows, values (n_heldout, T, M) of the hidden features, and what
-    a plant needs for its score. x = sqrt(D) (observed values @ dictionary + noise).
-    """
-    held, n = cfg.heldout_tokens // cfg.T, cfg.tokens // cfg.T + cfg.heldout_tokens // cfg.T
+    """Training sequences and held-out ones behind them -> x (n, T, D), truth: dictionary (M, D) of
+    unit rows, values (n_heldout, T, M) of the hidden features, and what a plant's score needs."""
+    held = cfg.heldout_tokens // cfg.T
+    n = held + cfg.tokens // cfg.T
     gen = common.generator(0, f"planted-{cfg.plant}-{n}-{cfg.T}")
     dictionary, values, observed, extra = PLANTS[cfg.plant](n, cfg.T, gen)
     if cfg.plant == "tree" and cfg.shuffle != "off":   # the order does not hold the tree
@@ -51,10 +49,8 @@ def directions(M, gen, orthogonal=False):
 
 
 def markov(n, T, tau, gen, active=3.0):
-    """Two-state features of mean duration tau (M,) -> values (n, T, M), 0 where off.
-
-    Stationary probability active / M; while on, a value drawn once a stretch from [1, 2].
-    """
+    """Two-state features of mean duration tau (M,) -> values (n, T, M), 0 where off. Stationary
+    probability active / M; while on, a value drawn once a stretch from [1, 2]."""
     p, stop, M = active / len(tau), 1.0 / tau.float(), len(tau)
     on = torch.rand(n, M, generator=gen) < p
     value = 1 + torch.rand(n, M, generator=gen)
@@ -70,7 +66,6 @@ def markov(n, T, tau, gen, active=3.0):
 
 # Each plant -> dictionary (M, D), hidden values (n, T, M), observed values, further truths
 
-
 def states(n, T, gen):
     tau = torch.tensor(DURATIONS).repeat(8)
     values = markov(n, T, tau, gen)
@@ -85,10 +80,8 @@ def noisy(n, T, gen):
 
 def one_token_ceiling(p, sigma, grid=20_000):
     """Correlation with v of the best function of y = v + sigma * noise, v as in markov: E[v | y].
-
     Rows are orthonormal and the noise isotropic, so y is all that one token tells of a feature. By
-    quadrature over y: Var(E[v | y]) = E[E[v | y]^2] - E[v]^2.
-    """
+    quadrature over y: Var(E[v | y]) = E[E[v | y]^2] - E[v]^2."""
     y = torch.linspace(-6 * sigma, 2 + 6 * sigma, grid, dtype=torch.float64)
     v = torch.linspace(1, 2, 201, dtype=torch.float64)
 
@@ -150,13 +143,7 @@ def domains(n, T, gen):
     return directions(32, gen), values, values, {"kind": kind, "part": part}
 
 
-PLANTS = {"states": states, "noisy": noisy, "flicker": flicker, "windows": windows, "tree": tree,
-          "domains": domains}
-
-
-# ---------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------
+PLANTS = {plant.__name__: plant for plant in (states, noisy, flicker, windows, tree, domains)}
 
 
 @torch.no_grad()
@@ -185,10 +172,10 @@ def recovery(sae, acts):
         out["ceiling"] = truth["ceiling"]
     if "alive" in truth and hasattr(sae, "position_mask"):
         out.update(mask_scores(sae.position_mask(acts.T), truth["alive"].to(f.device), r))
-    if "level" in truth:
-        out.update(level_scores(sae, acts, truth, r, f))
+    if "level" in truth and len(getattr(sae, "sizes", ())) > 1:
+        out.update(level_scores(sae, acts, truth, r))
     if "kind" in truth:
-        out.update(forgetting(sae, acts, truth, f))
+        out.update(forgetting(sae, truth, f))
     return out
 
 
@@ -213,29 +200,26 @@ def mask_scores(m, alive, r):
             "mask_inside": mine[alive].mean().item(), "mask_outside": mine[~alive].mean().item()}
 
 
-def level_scores(sae, acts, truth, r, f):
+def level_scores(sae, acts, truth, r):
     """Levels against the planted tree: where parents and children went, and what the router sees.
 
     parents_lower: mean level (0: lowest) of the features that follow children best, minus that
     of those that follow parents. router_shift: mean distance (total variation) between the router's
     mean gates at tokens with and without a child on. share_min: the least used level's share.
     """
-    sizes = getattr(sae, "sizes", None)
-    if not sizes or len(sizes) < 2:
-        return {}
-    level_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(r.device)
+    level_of = torch.arange(len(sae.sizes)).repeat_interleave(torch.tensor(sae.sizes)).to(r.device)
     at = level_of[r.argmax(1)].float()                                        # (M,)
-    child = truth["level"].to(r.device) == 1
+    child, on = truth["level"].to(r.device) == 1, truth["values"].to(r.device) > 0
     gates = torch.cat([sae.code(x, m)[1] for x, m in acts.heldout()])         # (n, T, L)
-    has = (truth["values"][..., truth["level"] == 1] > 0).any(-1).to(r.device)
-    alone = (truth["values"] > 0).any(-1).to(r.device) & ~has
+    has = on[..., child].any(-1)                                              # (n, T)
+    alone = on.any(-1) & ~has
     shift = 0.5 * (gates[has].mean(0) - gates[alone].mean(0)).abs().sum()
     share = gates.mean((0, 1))
     return {"parents_lower": (at[child].mean() - at[~child].mean()).item(),
             "router_shift": shift.item(), "share_min": share.min().item()}
 
 
-def forgetting(sae, acts, truth, f):
+def forgetting(sae, truth, f):
     """Forget one kind of sequences: SAEBench's rule picks features, which are set to 0.
 
     Features on at less than 1 % of the keep kind's tokens, the 8 most often on in the forget kind
@@ -249,8 +233,7 @@ def forgetting(sae, acts, truth, f):
     chosen = chosen.indices[chosen.values > 0]
     edited = f.clone()
     edited[..., chosen] = 0.0
-    scale = math.sqrt(D)
-    change = (sae.decode(edited) - sae.decode(f)).float() / scale             # decode is linear
+    change = (sae.decode(edited) - sae.decode(f)).float() / math.sqrt(D)      # decode is linear
     change = change @ torch.linalg.pinv(truth["dictionary"].to(f.device))     # in hidden values
     v, part = truth["values"].to(f.device), truth["part"].to(f.device)
     gone, kept = v[kind][..., part == 0], v[~kind]

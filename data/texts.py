@@ -40,12 +40,11 @@ def make_windows(texts, lm, T, n_windows):
 def windows(cfg, lm, split):
     """Windows of one split, in an order that mixes documents: tokens (N, 1+T), lengths (N,)."""
     wanted = (cfg.tokens if split == "train" else cfg.heldout_tokens) // cfg.T
-    finite = cfg.data != "pile"
-    most = 10 ** 9 if finite else wanted
+    most = wanted if cfg.data == "pile" else 10 ** 9
     tokens, lengths = make_windows(documents(cfg.data, split), lm, cfg.T, most)
     if len(tokens) == 0:
         raise UserError(f"--data {cfg.data}: its {split} part has no window of {MIN_TAIL} tokens.")
-    if finite:                       # the same mixture whatever --tokens and --seed are
+    if cfg.data != "pile":           # the same mixture whatever --tokens and --seed are
         order = torch.randperm(len(tokens), generator=generator(0, f"windows-{split}"))[:wanted]
         tokens, lengths = tokens[order], lengths[order]
     if len(tokens) < wanted and split == "train":
@@ -72,12 +71,11 @@ def bundled(name, split, domains=None):
 
 def content(data):
     """What the text is, by the checksums of its files where they are here: a key for caches."""
-    names = {"bundled": ("corpus", "shakespeare"), "shakespeare": ("shakespeare",)}.get(data)
-    if names:
-        files = [HERE / "data" / f"{name}.jsonl.xz" for name in names]
-    else:
-        files = [] if data == "pile" else files_of(Path(data))
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] or data
+    if data == "pile":
+        return data
+    names = {"bundled": ("corpus", "shakespeare"), "shakespeare": ("shakespeare",)}.get(data, ())
+    files = [HERE / f"data/{name}.jsonl.xz" for name in names] or files_of(Path(data))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def pile(split):
@@ -115,14 +113,13 @@ def local(path, split):
                 continue
             raise UserError(f"--data {file} is not UTF-8 text.") from None
         for text in jsonl_texts(file, raw) if file.suffix == ".jsonl" else [raw]:
-            piece, size = [], 0
+            start, size = 0, 0
             for line in text.splitlines(keepends=True):
-                piece.append(line)
                 size += len(line)
-                if size >= PIECE:
-                    texts.append("".join(piece))
-                    piece, size = [], 0
-            texts.append("".join(piece))
+                if size - start >= PIECE:
+                    texts.append(text[start:size])
+                    start = size
+            texts.append(text[start:])
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"--data {path} holds no text.")

@@ -9,8 +9,6 @@ are s times ours. An SAE whose encoder is another function is refused.
 """
 import argparse
 import io
-from pathlib import Path
-
 import common  # before torch: it sets how threads wait
 
 import torch
@@ -22,16 +20,12 @@ FORMATS = ("saelens", "dictionary_learning")
 
 @torch.no_grad()
 def export(sae, acts, folder, fmt):
-    """Write the SAE to folder in a format of FORMATS; UserError where the format cannot hold it.
-
-    Code and reconstruction are compared on held-out activations before anything is written.
-    """
+    """Write the SAE to folder in a format of FORMATS; UserError where the format cannot hold it:
+    code and reconstruction are compared on held-out activations before anything is written."""
     own = {name for name, _ in sae.named_parameters()} - {"W_enc", "b_enc", "W_dec", "b_dec"}
+    refused = f"this SAE cannot be exported to {fmt}, a linear encoder with relu or topk:"
     if own:
-        raise common.UserError(
-            f"this SAE cannot be exported to {fmt}: its code also depends on "
-            f"{', '.join(sorted(own))}, which a linear encoder with relu or topk on one position "
-            "cannot express.")
+        raise common.UserError(f"{refused} its code also depends on {', '.join(sorted(own))}.")
     s = acts.scale
     W_enc, b_enc, W_dec, b_dec = (t.detach().float().cpu() for t in (
         sae.W_enc, sae.b_enc * s, sae.W_dec, sae.b_dec * s))
@@ -43,10 +37,7 @@ def export(sae, acts, folder, fmt):
     if theirs.shape == ours.shape:
         pairs.append((theirs @ W_dec + b_dec, sae.decode(ours)))
     if not all(close(a, b.float().cpu(), mask.cpu()) for a, b in pairs):
-        raise common.UserError(
-            f"this SAE cannot be exported to {fmt}: on held-out activations the linear encoder "
-            f"with {'topk' if k else 'relu'} on one position gives another code than this one's.")
-    folder = Path(folder)
+        raise common.UserError(f"{refused} on held-out activations it gives another code.")
     folder.mkdir(parents=True, exist_ok=True)
     write = saelens if fmt == "saelens" else dictionary_learning
     write(folder, acts, W_enc, b_enc, W_dec, b_dec, k)
@@ -107,7 +98,6 @@ def model_name(acts):
 
 
 def main(argv=None):
-    """Command line; returns the exit status."""
     parser = argparse.ArgumentParser("python -m evals.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("RUN", help="folder of a finished run")
@@ -118,9 +108,8 @@ def main(argv=None):
 
     def work():
         sae, acts, folder = open_run(args.RUN, args.device, args.cache)
-        target = folder / f"export-{args.format}"
-        export(sae, acts, target, args.format)
-        common.say(f"saved: {target}")
+        export(sae, acts, folder / f"export-{args.format}", args.format)
+        common.say(f"saved: {folder}/export-{args.format}")
     return common.guard(work)
 
 

@@ -47,7 +47,6 @@ def evaluate(sae, acts, folder, limit=FEATURES):
     rows = zip(*(rounded(column.tolist()) for column in columns.values()), contexts)
     texts = dict.fromkeys(text for piece in pieces for text in piece[2])
     index = {text: n for n, text in enumerate(texts)}
-    folder = Path(folder)
     counts = {"live": int(live.sum()), "features": len(W)}
     data = {"run": folder.resolve().name, "layer": acts.layer, "T": acts.T, "causal": sae.causal,
             "model": Path(acts.lm.name).name if acts.lm else "synthetic data",
@@ -78,13 +77,13 @@ def statistics(sae, acts):
     mass, count = active.new_zeros(P, size), active.new_zeros(P)
     peaks, n = torch.zeros(CONTEXTS, size, device=device), 0
     windows, places = torch.zeros(2, CONTEXTS, size, dtype=torch.long, device=device)
-    error, energy, x_sum = active.new_zeros(()), active.new_zeros(()), 0.0
+    error = energy = x_sum = 0.0
     part = torch.arange(acts.T, device=device) * P // acts.T              # (T,) position -> its run
     for x, mask in acts.heldout():
         x_hat, f = sae(x, mask)
         f = torch.where(mask[..., None], f.float().relu(), 0.0)           # (b, T, F)
         scored = x[mask].double()
-        error += (x_hat[mask] - scored).square().sum()
+        error = error + (x_hat[mask] - scored).square().sum()
         energy, x_sum = energy + scored.square().sum(), x_sum + scored.sum(0)
         on = f > 0
         active += on.sum((0, 1))
@@ -154,10 +153,9 @@ def find_contexts(sae, acts, chosen, stats):
         for peak, window, place, start, level in zip(*feature):
             if peak > 0:
                 length = max(t for t, v in enumerate(level) if v >= 0) + 1     # drops padding
-                if (window, start) not in index:
-                    index[window, start] = len(pieces)
+                piece = index.setdefault((window, start), len(pieces))
+                if piece == len(pieces):
                     pieces.append((window, start, token_texts(acts, window, start, length)))
-                piece = index[window, start]
                 contexts[-1].append([piece, place - start, rounded(peak), level[:length]])
     return pieces, contexts
 
@@ -173,10 +171,7 @@ def token_texts(acts, window, start, length):
     return [text[len(before):] for before, text in zip(texts, texts[1:])]
 
 
-def main(argv=None):
-    """Command line; returns the exit status."""
-    return run_eval("features", evaluate, __doc__, argv)
-
+main = partial(run_eval, "features", evaluate, __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main())

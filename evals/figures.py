@@ -1,14 +1,9 @@
-"""Drawings: a run's training curves, and what depends on the position (paper E, Fig. 1, Sec. 6.3).
-
-    python -m evals.figures RUN      RUN/training.png again, from RUN/log.jsonl
-
-positions.png and clusters.png are drawn by evals/positions.py, which measures what they show.
+"""Drawings: a run's training curves at its end, and for evals/positions.py what depends on the
+position (paper E, Fig. 1, Sec. 6.3).
 """
-import argparse
 import json
 import math
 from itertools import takewhile
-from pathlib import Path
 
 import common  # before torch: it sets how threads wait
 
@@ -38,8 +33,6 @@ def training(folder):
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise common.UserError(f"{folder}/log.jsonl holds no readable log "
                                f"({common.one_line(error)}).") from None
-    if not rows:
-        raise common.UserError(f"{folder}/log.jsonl is empty.")
     if len(rows) < 2:
         return
 
@@ -61,6 +54,14 @@ def training(folder):
     twin.plot(column("step"), column("active"), color="tab:orange", linewidth=1)
     twin.set_ylabel("active features a token (L0)", color="tab:orange")
     save(figure, folder / "training.png", 90)
+
+
+def heat_map(axis, values, top, label, cmap, **limits):
+    """values (rows, T) over the positions; the vertical axis goes from 0 to top."""
+    image = axis.imshow(values, aspect="auto", origin="lower", interpolation="nearest",
+                        cmap=pyplot().get_cmap(*cmap), **limits,
+                        extent=(0.5, values.shape[1] + 0.5, 0, top))
+    axis.figure.colorbar(image, ax=axis, label=label)
 
 
 def draw_positions(path, by, numbers, m=None, history=()):
@@ -95,10 +96,8 @@ def draw_error(axis, T, by, numbers, *_):
 
 def draw_history(axis, T, by, numbers, m, history):
     # Fig. 1: evolution of position-specific weights
-    image = axis.imshow(history, aspect="auto", origin="lower", interpolation="nearest",
-                        cmap=pyplot().get_cmap("viridis", 10), extent=(0.5, T + 0.5, 0, 100),
-                        vmax=np.quantile(history, 0.98))
-    axis.figure.colorbar(image, ax=axis, label="weight $w_t$ (mean 1; top 2 % cut)")
+    heat_map(axis, history, 100, "weight $w_t$ (mean 1; top 2 % cut)", ("viridis", 10),
+             vmax=np.quantile(history, 0.98))
     axis.set(xlabel=HERE, ylabel="training done (%)", title="Weight of each position in the loss")
 
 
@@ -124,20 +123,15 @@ def draw_masks(axis, T, by, numbers, m, history):
     t = np.arange(1, T + 1)
     order = np.argsort((m * t[:, None]).sum(0) / m.sum(0).clip(1e-12), kind="stable")
     order = order[np.linspace(0, len(order) - 1, min(120, len(order))).astype(int)]
-    image = axis.imshow(m[:, order].T, aspect="auto", origin="lower", interpolation="nearest",
-                        vmin=0, vmax=1, cmap=pyplot().get_cmap("gray_r", 5),
-                        extent=(0.5, T + 0.5, 0, len(order)))
-    axis.figure.colorbar(image, ax=axis, label="mask $m_{t,k}$")
+    heat_map(axis, m[:, order].T, len(order), "mask $m_{t,k}$", ("gray_r", 5), vmin=0, vmax=1)
     axis.set(xlabel=HERE, ylabel="feature (by mean position)",
              title=f"Masks; r with their first draw {numbers['r_with_first_draw']:.2f}")
 
 
 def draw_spans(axis, T, by, numbers, *_):
-    spans = {"activations": (by["span"], "tab:blue")}
-    if "mask_span" in by:
-        spans["mask alone"] = by["mask_span"], "plum"
-    values, colours = zip(*spans.values())
-    axis.hist(values, np.linspace(0.5, T + 0.5, 33), color=colours, label=list(spans))
+    n = 2 if "mask_span" in by else 1
+    axis.hist([by[name] for name in ("span", "mask_span")[:n]], np.linspace(0.5, T + 0.5, 33),
+              color=("tab:blue", "plum")[:n], label=("activations", "mask alone")[:n])
     axis.axvline(T / 2, color="grey", linestyle="--", label="feature that ignores position")
     axis.margins(y=0.4)
     axis.set(xlabel="span (positions with half of the activation)", ylabel="features",
@@ -148,28 +142,14 @@ def draw_spans(axis, T, by, numbers, *_):
 def draw_clusters(path, profile, tree, labels, agreement):
     """clusters.png: dendrogram of the features beside their profiles (T, F), in the same order."""
     from scipy.cluster.hierarchy import dendrogram
-    plt, n = pyplot(), labels.max()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 7), width_ratios=(1, 2.2))
+    n = labels.max()
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(13, 7), width_ratios=(1, 2.2))
     cut = tree[1 - n, 2] if n > 1 else 0                                  # lowest merge of clusters
     drawn = dendrogram(tree, orientation="left", no_labels=True, ax=left, color_threshold=cut)
     left.set(xlabel="Ward distance of profiles", ylabel="feature", title=f"{n} clusters")
     share = (profile / profile.max(0).clip(1e-12))[:, drawn["leaves"]]
-    image = right.imshow(share.T, aspect="auto", origin="lower", cmap=plt.get_cmap("magma", 5),
-                         extent=(0.5, len(share) + 0.5, 0, len(share.T)), interpolation="nearest")
+    heat_map(right, share.T, len(share.T), "mean activation (share of the feature's maximum)",
+             ("magma", 5))
     right.set(xlabel=HERE, ylabel="feature (as on the left)",
               title=f"Where features are active; clusters from two halves agree {agreement:.2f}")
-    figure.colorbar(image, ax=right, label="mean activation (share of the feature's maximum)")
     save(figure, path, 70)
-
-
-def main(argv=None):
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m evals.figures", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("RUN", help="folder of a run")
-    folder = Path(parser.parse_args(argv).RUN)
-    return common.guard(lambda: training(folder))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

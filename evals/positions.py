@@ -11,7 +11,6 @@ Paper -> code
     Sec. 5          early_late, compare     paired t-tests over test sequences
     Sec. 5, 6.3     spans                   temporal span of a feature
     Sec. 5, 6.3     cluster                 hierarchical clusters, clustering consistency
-    Fig. 1, 6.3     evals/figures.py        positions.png, clusters.png
 
 What the paper leaves open (argued at the line that settles it)
     open E.sparsity   "feature sparsity of 0.73"        both readings are reported
@@ -51,7 +50,7 @@ def evaluate(sae, acts, folder):
     numbers.update(features_off=off.mean(), span_ignoring_position=T // 2,
                    span=np.median(by["span"]) if live.any() else np.nan)
     m, history = None, ()
-    if weighs_positions(sae):
+    if hasattr(sae, "position_weights") and not getattr(sae.cfg, "uniform_weights", False):
         by["weight"] = sae.position_weights().cpu().numpy()
         # Sec. 1: r = 0.82; close to 1 by construction, for w_t is an average of that very error
         numbers["weight_difficulty_r"] = np.corrcoef(by["weight"], by["error"])[0, 1]
@@ -66,11 +65,6 @@ def evaluate(sae, acts, folder):
     common.write_json(folder / "position.json", {k: np.round(v, 5) for k, v in by.items()})
     figures.draw_positions(folder / "positions.png", by, numbers, m, history)
     return numbers
-
-
-def weighs_positions(sae):
-    """Whether the loss weighed positions (Eq. 6), so that there are weights to look at."""
-    return hasattr(sae, "position_weights") and not getattr(sae.cfg, "uniform_weights", False)
 
 
 @torch.no_grad()
@@ -102,8 +96,8 @@ def early_late(error, energy, scored):
     early_unexplained: of the error over the variance of the positions concerned.
     """
     from scipy.stats import ttest_rel
-    T = error.shape[1]
-    parts = slice(0, min(32, T // 4)), slice(min(32, T // 4), T)          # short windows: a quarter
+    border = min(32, error.shape[1] // 4)                                 # short windows: a quarter
+    parts = slice(0, border), slice(border, None)
     both = np.all([scored[:, part].sum(1) > 0 for part in parts], 0)      # sequences with both
     early, late = (error[both, part].sum(1) / scored[both, part].sum(1) for part in parts)
     unexplained = [error[:, part].sum() / energy[:, part].sum() for part in parts]
@@ -202,7 +196,6 @@ def compare(sae_a, sae_b, acts):
 
 
 def main(argv=None):
-    """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--device", default="auto")

@@ -15,12 +15,11 @@ columns with the largest |mean over positives - mean over negatives| in the trai
 
 Means over classes, then over tasks; per_task holds each task's own values and numbers of rows.
 0.5 is chance. SAEBench's all-column probe picks its epoch on the test set; ours does not. On
-SAEBench's own eight data sets: python -m evals.saebench RUN sparse_probing.
-
-The pass of the language model takes most of the time, so the states of the texts are kept in
---cache for the next SAE of the layer; the probes take about 1 s a task.
+SAEBench's own eight data sets: python -m evals.saebench RUN sparse_probing. The states of the texts
+are kept in --cache for the next SAE of the layer; the probes take about 1 s a task.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import lzma
@@ -44,7 +43,7 @@ KEPT = 48                               # tokens kept of a text, for speed; SAEB
 
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
-    """The accuracies above, as a dict; {"skipped": [...]} without a language model."""
+    """The accuracies above, as a dict."""
     if acts.lm is None:
         return {"skipped": ["probing: synthetic data has no text"]}
     samples = encode_texts(sae, acts, load_texts(), min(KEPT, acts.T))
@@ -53,11 +52,6 @@ def evaluate(sae, acts, folder=None):
     scores = [name for name in rows[0] if name not in ("task", *TEXTS)]
     means = {name: float(np.mean([row[name] for row in rows])) for name in scores}
     return {**means, "tasks": len(rows), "per_task": rows}
-
-
-# ---------------------------------------------------------------------------------------------
-# Texts and their states
-# ---------------------------------------------------------------------------------------------
 
 
 def load_texts():
@@ -78,11 +72,8 @@ def load_texts():
 
 
 def encode_texts(sae, acts, items, T):
-    """{task: {split: (x (n, D), f (n, F), labels)}} of texts cut to T tokens (load_texts).
-
-    A row is a text, or one token of a task about tokens, with the labels "inside" and "outside".
-    Texts without a scored token are left out.
-    """
+    """{task: {split: (x (n, D), f (n, F), labels)}} of texts cut to T tokens (load_texts). A row
+    is a text with a scored token, or one token of a task about tokens ("inside", "outside")."""
     lm = acts.lm
     enc = lm.tokenizer([item["text"] for item in items], add_special_tokens=False, verbose=False,
                        return_offsets_mapping=any("spans" in item for item in items))
@@ -106,26 +97,22 @@ def encode_texts(sae, acts, items, T):
             elif mask[i].any():
                 kept.append((mean_x[i], mean_f[i], item["label"]))
 
-    def columns(kept):
-        x, f, labels = zip(*kept)
-        return torch.stack(x), torch.stack(f), list(labels)
-    return {task: {split: columns(kept) for split, kept in splits.items()}
-            for task, splits in found.items()}
+    for splits in found.values():
+        for split, (x, f, labels) in ((split, zip(*kept)) for split, kept in splits.items()):
+            splits[split] = torch.stack(x), torch.stack(f), list(labels)
+    return found
 
 
 def text_states(acts, tokens, lengths):
     """States of block acts.layer: for each text (length, D) in bf16 on the CPU; kept in --cache.
-
-    tokens (N, 1 + T), lengths (N,). What a text gets depends neither on the texts beside it nor on
-    the batch size.
-    """
+    tokens (N, 1 + T), lengths (N,)."""
     lm, cfg = acts.lm, acts.cfg
     key = (tokens.tolist(), lengths.tolist(), lm.name, lm.revision, str(lm.dtype))
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    name = f"probes-{Path(lm.name).name}-{digest}-L{acts.layer}.safetensors"
+    path = Path(cfg.cache) / f"probes-{Path(lm.name).name}-{digest}-L{acts.layer}.safetensors"
     if cfg.cache != "none":
         with contextlib.suppress(common.UserError):        # missing or damaged: made again
-            return common.load_tensors(Path(cfg.cache) / name)[0]["x"].split(lengths.tolist())
+            return common.load_tensors(path)[0]["x"].split(lengths.tolist())
     states = [None] * len(tokens)
     with common.progress(lengths.sum().item(), "probe texts", "tok") as bar:
         # texts of one length side by side: little padding
@@ -136,25 +123,21 @@ def text_states(acts, tokens, lengths):
                 states[row] = x[:lengths[row]]
             bar.update(lengths[rows].sum().item())
     if cfg.cache != "none":
-        Path(cfg.cache).mkdir(parents=True, exist_ok=True)
-        common.save_tensors(Path(cfg.cache) / name, {"x": torch.cat(states)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.save_tensors(path, {"x": torch.cat(states)})
     return states
 
 
 def pool(values, x, mask):
-    """Sum over scored positions / number of them with a non-zero state, as SAEBench pools.
-
-    values (b, T, C), x (b, T, D), mask (b, T) -> (b, C); 0 where there is no such position.
-    """
+    """Mean over scored positions with a non-zero state, as SAEBench pools: values (b, T, C),
+    x (b, T, D), mask (b, T) -> (b, C); 0 where there is no such position."""
     mask = mask & (x != 0).any(-1)
     return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def pick_tokens(spans, offsets, mask, seed):
     """Up to 4 scored tokens inside and 4 outside the spans of characters: [(position, label)].
-
-    offsets: each token's first and last character; a token is inside where its middle is.
-    """
+    offsets: each token's first and last character; a token is inside where its middle is."""
     middle = [(first + last) / 2 for first, last in offsets]
     inside = torch.tensor([any(a <= m < b for a, b in spans) for m in middle], dtype=torch.bool)
     picked = []
@@ -165,25 +148,15 @@ def pick_tokens(spans, offsets, mask, seed):
     return sorted(picked)
 
 
-# ---------------------------------------------------------------------------------------------
-# Probes
-# ---------------------------------------------------------------------------------------------
-
-
 def probe_task(train, test, ks=KS):
-    """Accuracies of one task, means over its classes: {"sae_top_1": ..., "residual_all": ..., ...}.
-
-    train, test: (x (n, D), f (n, F), labels).
-    """
+    """Accuracies of one task, means over its classes; train, test: (x (n, D), f (n, F), labels)."""
     (x, f, labels), (x_test, f_test, labels_test) = train, test
     mean = x.mean(0)
     axes = torch.linalg.svd(x - mean, full_matrices=False).Vh.T           # (D, components)
     views = {"sae": (f, f_test), "residual": (x, x_test),
              "pca": ((x - mean) @ axes, (x_test - mean) @ axes)}
     classes, scores = sorted(set(labels) & set(labels_test)), {}
-    if len(classes) == 2:                                  # one is the other's mirror
-        classes = classes[:1]
-    for name in classes:
+    for name in classes[:1] if len(classes) == 2 else classes:       # of two, one mirrors the other
         (rows, y), (rows_test, y_test) = (one_vs_rest(some, name) for some in (labels, labels_test))
         for view, (a, b) in views.items():
             a, b = a[rows].float().numpy(), b[rows_test].float().numpy()
@@ -222,9 +195,7 @@ def probe_accuracy(x, y, x_test, y_test):
         return LogisticRegression(C=1.0, max_iter=1000).fit(x, y).score(x_test, y_test)
 
 
-def main(argv=None):
-    return run_eval("probing", evaluate, __doc__, argv)
-
+main = functools.partial(run_eval, "probing", evaluate, __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main())

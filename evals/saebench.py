@@ -44,11 +44,8 @@ def evaluate(sae, acts, folder=None):
 
 @torch.no_grad()
 def metrics(batches, W_dec=None, W_enc=None):
-    """SAEBench's values from batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)), as a dict.
-
-    With the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature.
-    UserError where no token is scored.
-    """
+    """SAEBench's values from batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)), as a dict;
+    with the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature."""
     tokens, ratios, active = [], [], 0                     # of all tokens, of all batches, (F,)
     for x, x_hat, f, mask in batches:
         x, x_hat, f = x[mask].double(), x_hat[mask].double(), f[mask]     # (n, D), (n, D), (n, F)
@@ -92,11 +89,6 @@ def max_cosine(W, block=4096):
         cosine[rows, start + rows] = -1
         best.append(cosine.max(1).values)
     return torch.cat(best)
-
-
-# ---------------------------------------------------------------------------------------------
-# SAEBench itself
-# ---------------------------------------------------------------------------------------------
 
 
 class ForSAEBench(torch.nn.Module):
@@ -214,7 +206,7 @@ def run_suite(suite, sae, acts, folder):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[1:2] and argv[1] in SUITES:
+    if len(argv) > 1 and argv[1] in SUITES:
         suite = argv.pop(1)
         return run_eval(f"saebench_{suite}", partial(run_suite, suite), __doc__, argv)
     return run_eval("saebench", evaluate, __doc__, argv)

@@ -15,6 +15,7 @@ tokens count.
     EV_by_scale        explained variance in each of these parts; their mean weighted by
                        variance_share is EV
 """
+import functools
 from collections import defaultdict
 
 import common  # before torch: it sets how threads wait
@@ -29,32 +30,25 @@ LAGS = (1, 2, 4, 8, 16, 32, 64)
 
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
-    """The metrics above, as a dict. UserError where no held-out token is scored.
-
-    Needs no language model. A lag at which no two scored tokens lie apart is NaN; without any
-    adjacent pair neighbour_cosine and total_variation are 0.
-    """
+    """The metrics above, as a dict; NaN at a lag at which no two scored tokens lie apart."""
     lags = [lag for lag in LAGS if lag < acts.T]
     sums = defaultdict(int)
     for x, mask in acts.heldout():                                        # (B, T, D), (B, T)
         x_hat, f = sae(x, mask)
-        m = mask[..., None]                                               # (B, T, 1)
-        f = f.float() * m                                                 # (B, T, F)
+        f = f.float() * mask[..., None]                                   # (B, T, F)
         sums["tokens"] += mask.sum()
-        sums["x"] += (x.double() * m).sum((0, 1))
+        sums["x"] += (x.double() * mask[..., None]).sum((0, 1))
         sums["scales"] += time_scales(x, mask)
         sums["error scales"] += time_scales(x - x_hat.float(), mask)
         sums["f"] += f.double().sum((0, 1))
         sums["|f|"] += f.double().abs().sum()
         sums["f^2"] += f.double().pow(2).sum()
-        on = f > 0
+        on, both = f > 0, mask[:, 1:] & mask[:, :-1]
         sums["on"] += on.sum()
         sums["stretches"] += on[:, 0].sum() + (on[:, 1:] & ~on[:, :-1]).sum()
-        both = mask[:, 1:] & mask[:, :-1]
         now, then = f[:, :-1][both], f[:, 1:][both]                       # (pairs, F)
         sums["cosine"] += F.cosine_similarity(now, then, dim=-1).double().sum()
         sums["variation"] += (then - now).abs().double().sum()
-        sums["pairs"] += both.sum()
         for lag in lags:
             both = (mask[:, lag:] & mask[:, :-lag])[..., None]
             a, b = f[:, :-lag] * both, f[:, lag:] * both
@@ -64,7 +58,7 @@ def evaluate(sae, acts, folder=None):
     if sums["tokens"] == 0:
         raise common.UserError(NOTHING_SCORED)
     sums = {name: value.double() for name, value in sums.items()}
-    n, pairs = sums["tokens"], sums["pairs"].clamp(min=1)
+    n, pairs = sums["tokens"], sums["pairs", 1].clamp(min=1)
     mean = sums["f"] / n                                                  # (F,)
     variance = sums["f^2"] / n - mean.pow(2).sum()
     auto = {}
@@ -75,9 +69,9 @@ def evaluate(sae, acts, folder=None):
     scales, errors = sums["scales"], sums["error scales"]                 # (1 + levels,) each
     scales[-1] -= sums["x"].pow(2).sum() / n                              # about the mean, as EV
     names = [str(2 ** level) for level in range(len(scales) - 1)] + ["mean"]
-    variation = sums["variation"] / pairs / (sums["|f|"] / n).clamp(min=1e-12)
+    size = (sums["|f|"] / n).clamp(min=1e-12)
     return {"neighbour_cosine": (sums["cosine"] / pairs).item(),
-            "total_variation": variation.item(),
+            "total_variation": (sums["variation"] / pairs / size).item(),
             "span": (sums["on"] / sums["stretches"].clamp(min=1)).item(),
             "autocorrelation": auto,
             "EV_by_scale": dict(zip(names, (1 - errors / scales).tolist())),
@@ -88,13 +82,11 @@ def time_scales(x, mask):
     """Energy of x (B, T, D) over its scored tokens by time scale: (1 + ceil(log2 T),) fp64.
 
     With m_b the mean over the scored tokens of each block of b tokens, entry i is the energy of
-    m_{2^i} - m_{2^(i+1)} (m_1 = x: what changes between neighbouring blocks of 2^i tokens), the
-    last one that of the window's mean. The parts are orthogonal, masked tokens or not, so they add
-    up to sum ||x||^2.
+    m_{2^i} - m_{2^(i+1)} (m_1 = x), the last one that of the window's mean. The parts are
+    orthogonal, masked tokens or not, so they add up to sum ||x||^2.
     """
-    T = x.shape[1]
-    levels = (T - 1).bit_length()
-    pad = 2 ** levels - T
+    levels = (x.shape[1] - 1).bit_length()
+    pad = 2 ** levels - x.shape[1]
     total = F.pad(x.double() * mask[..., None], (0, 0, 0, pad))           # (B, 2^levels, D)
     count = F.pad(mask.double(), (0, pad))                                # (B, 2^levels)
     energy = []                                                           # of m_1, m_2, m_4 ...
@@ -106,9 +98,7 @@ def time_scales(x, mask):
     return torch.cat([energy[:-1] - energy[1:], energy[-1:]])
 
 
-def main(argv=None):
-    return run_eval("temporal", evaluate, __doc__, argv)
-
+main = functools.partial(run_eval, "temporal", evaluate, __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main())

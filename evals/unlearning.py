@@ -5,8 +5,7 @@
 Protocol of SAEBench 0.6.0 (sae_bench/evals/unlearning), with next-token accuracy on bundled text
 instead of WMDP's questions, which small models cannot answer (those: evals/saebench.py).
 
-  1. Select, on training text: of the features on at less than `threshold` of the retain tokens,
-     the n that are on most often at forget tokens.
+  1. Select, on training text, n features (select_features).
   2. Edit: a chosen feature that is on becomes -multiplier times its mean active value (0: removed).
      What the SAE does not explain stays. SAEBench's multipliers, 25 to 200, are in raw units.
   3. Score, on held-out text: the largest relative drop of the forget accuracy among the settings
@@ -45,8 +44,7 @@ HOPELESS = 0.98                     # below it no larger multiplier is tried; no
 
 
 def evaluate(sae, acts, folder=None):
-    """The scores above for each pair of PAIRS, and their means, as a dict; {"skipped": [...]}
-    without a language model. UserError where the bundled text has too few windows of T tokens."""
+    """The scores above for each pair of PAIRS, and their means, as a dict."""
     if acts.lm is None:
         return {"skipped": ["unlearning: synthetic data has no text"]}
     states, pairs = functools.cache(functools.partial(domain_states, acts)), {}
@@ -67,9 +65,8 @@ def domain_states(acts, corpus, domain):
         found = [row["text"] for row in texts.bundled(corpus, split, domains)]
         tokens, lengths = texts.make_windows(found, lm, acts.T, 10**9)
         gen = common.generator(0, f"{corpus}{domains}{split}")
-        order = torch.randperm(len(tokens), generator=gen)
-        order = order[lengths[order].argsort(descending=True, stable=True)]      # whole ones first
-        rows = order[:WINDOWS]
+        order = torch.randperm(len(tokens), generator=gen)       # then whole windows first
+        rows = order[lengths[order].argsort(descending=True, stable=True)][:WINDOWS]
         if len(rows) < 2:
             raise common.UserError(f"--T {acts.T}: too few windows of {domain or corpus} text.")
         tokens = tokens[rows].long().to(lm.device)
@@ -88,11 +85,11 @@ def unlearn_pair(sae, acts, forget, retain):
     on_retain, _ = activity(sae, *retain["select"])
     gen = common.generator(acts.cfg.seed, "random-features")
     shuffled = torch.randperm(len(typical), generator=gen).tolist()
-    def chosen(threshold, n, on=on_retain):
-        return threshold, n, select_features(on_forget, on, threshold, n)
-    plans = {"sae": [chosen(t, n) for t in THRESHOLDS for n in NUMBERS],
+    plans = {"sae": [(t, n, select_features(on_forget, on_retain, t, n))
+                     for t in THRESHOLDS for n in NUMBERS],
              "random": [(None, n, shuffled[:n]) for n in NUMBERS],
-             "most_active": [chosen(1.0, n, 0 * on_retain) for n in NUMBERS]}
+             "most_active": [(1.0, n, select_features(on_forget, 0 * on_retain, 1.0, n))
+                             for n in NUMBERS]}
     if not any(features for _, _, features in plans["sae"]):
         plans = dict.fromkeys(plans, [])                   # nothing to select, none to compare with
     rows = []
@@ -122,7 +119,7 @@ def unlearn_pair(sae, acts, forget, retain):
 
 
 def activity(sae, tokens, h, mask):
-    """Share of scored tokens on which each feature is on, and its mean value there: (F,), (F,)."""
+    """Share of scored tokens on which each feature is on, and its mean value there: (F,) each."""
     on = value = 0
     for x, m in zip(h[:, 1:].float().split(8), mask.split(8)):
         f = sae.encode(x, m).float().clamp(min=0) * m[..., None]          # (8, T, F)
@@ -135,9 +132,8 @@ def select_features(forget, retain, threshold, n):
     forget tokens; never one that is on at none. (F,), (F,) -> list of int. Both are rounded to 6
     decimals first, as in SAEBench's text files: 2 of 2001 tokens is not below 0.001."""
     forget, retain = (share.double().round(decimals=6) for share in (forget, retain))
-    forget = torch.where(retain < threshold, forget, 0.0)
-    n = min(n, int(forget.count_nonzero()))
-    return forget.argsort(descending=True, stable=True)[:n].tolist()
+    forget = forget * (retain < threshold)
+    return forget.argsort(descending=True, stable=True)[:min(n, forget.count_nonzero())].tolist()
 
 
 def sweep(sae, lm, resume, plan, typical, forget, retain, plain):
@@ -242,9 +238,7 @@ def accuracy(table):
     return (table[:, 0].sum() / table[:, 1].sum().clamp(min=1)).item()
 
 
-def main(argv=None):
-    return run_eval("unlearning", evaluate, __doc__, argv)
-
+main = functools.partial(run_eval, "unlearning", evaluate, __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main())
