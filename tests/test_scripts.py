@@ -194,7 +194,7 @@ DEFAULTS = (  # what decides a paper's result; what a variant and the laptop pre
     (tsae, "", dict(lr=3e-4, l1=0.04, T=128, expansion=1, steps=4000, warmup=2000, clip=2.0,
                     lambda_short=0.01, lambda_medium=0.005, lambda_long=0.001)),
     (tsae, "--no-temporal", dict(clip=0.0)), (tsae, "--no-temporal --clip 1", dict(clip=1.0)),
-    (tsae, "--preset laptop --steps 400", dict(warmup=200, lr_warmup=100, clip=2.0, tokens=131_072)),
+    (tsae, "--preset laptop --steps 400", dict(warmup=200, lr_warmup=100, clip=2.0, batch_size=4)),
     (tsae, "--model synthetic --preset auto --warmup 2000", dict(warmup=2000)),
     (mtsae, "", dict(rates="1,4,16", recon="squared", recon_weight=2.0, coherence=0.15)),
     (mtsae, "--variant unlearning --rates 1,2", dict(
