@@ -69,6 +69,8 @@ def test_shuffle_destroys_the_order_and_keeps_each_sequences_tokens():
     straight, mixed = (activations(plant="noisy", shuffle=s) for s in ("off", "train"))
     x, y = (torch.cat([a.batch(i)[0] for i in range(8)]) for a in (straight, mixed))
     assert torch.equal(x.sort(1).values, y.sort(1).values)
+    near = [torch.cosine_similarity(a[:, 1:], a[:, :-1], dim=-1).mean() for a in (x, y)]
+    assert near[0] > near[1] + 0.01                                  # neighbours alike no more
     assert torch.equal(next(straight.heldout())[0], next(mixed.heldout())[0])   # in true order
     found = []               # tree: children are on as often as before, but not with their parent
     for shuffle in ("off", "train"):
