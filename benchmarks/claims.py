@@ -39,10 +39,7 @@ PAPERS = {"A": ("MTSAE: multi-scale temporal feature extraction", "mtsae.py"),
 VERDICTS = ("reproduced", "refuted (in all readings tried)", "depends on the reading",
             "within the noise of the seeds", "not testable here", "not run")
 
-# ----------------------------------------------------------------------------------------------
-# Claims and their runs: claims.toml
-# ----------------------------------------------------------------------------------------------
-
+# --- Claims and their runs: claims.toml ---
 
 @dataclass
 class Claim:
@@ -72,8 +69,8 @@ def tidy(value):
     """A value of the file: texts on one line, lists as tuples."""
     if isinstance(value, dict):
         return {key: tidy(v) for key, v in value.items()}
-    return " ".join(value.split()) if isinstance(value, str) else (
-        tuple(value) if isinstance(value, list) else value)
+    return (" ".join(value.split()) if isinstance(value, str) else
+            tuple(value) if isinstance(value, list) else value)
 
 
 def runs_of(script, flags, shared="", **fields):
@@ -85,10 +82,7 @@ TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 RUNS = {name: row for group in TABLES.pop("runs") for name, row in runs_of(**tidy(group)).items()}
 CLAIMS = [Claim(id, **tidy(table)) for id, table in TABLES.items()]
 
-# ----------------------------------------------------------------------------------------------
-# Numbers
-# ----------------------------------------------------------------------------------------------
-
+# --- Numbers ---
 
 def read(folder):
     """All numbers of a run folder: eval.json flat, log.*, and a few that follow from them. A run
@@ -141,8 +135,7 @@ def log_summary(log):
     the last third or (early) the first tenth; loss_variance: its square without the mean."""
     columns = {k: [row[k] for row in log if k in row] for k in log[-1]}
     n, loss = len(log), columns["loss"]
-    late = {k: v[-max(1, len(v) // 3):] for k, v in columns.items()}
-    early = loss[:max(3, n // 10)]
+    late, early = {k: v[-max(1, len(v) // 3):] for k, v in columns.items()}, loss[:max(3, n // 10)]
     out = {"log.steps": log[-1]["step"] + 1, "log.loss_variance": spread(late["loss"]) ** 2,
            "log.loss_noise": spread(late["loss"]) / fmean(late["loss"]),
            "log.active_noise": spread(late["active"]) / max(fmean(late["active"]), 1e-12),
@@ -212,10 +205,7 @@ def step_times(repeats=5):
 
 MEASURED = {"step times": step_times}
 
-# ----------------------------------------------------------------------------------------------
-# Verdicts
-# ----------------------------------------------------------------------------------------------
-
+# --- Verdicts ---
 
 def parse(item, metric):
     """"RUN@5 / RUN: metric" -> ["RUN | layer 5", "RUN | layer 19"], "/", metric."""
@@ -285,10 +275,7 @@ def num(numbers, percent=False):
     return text + " %" * percent + f" (n {len(numbers)})" * (len(numbers) > 1)
 
 
-# ----------------------------------------------------------------------------------------------
-# The ledger
-# ----------------------------------------------------------------------------------------------
-
+# --- The ledger ---
 
 def ledger(table):
     """What results/claims.json holds: the claims judged, and the numbers."""

@@ -39,10 +39,7 @@ on others is left of PyTorch's initialisation (0.67); without a gain the last ma
     "D (domains)": "The standard SAE does as well: the convolutions add nothing here.",
     "E": "At lambda 0.04 on activations of norm sqrt(D) the code is dense, fewer masks decided."}
 
-# ----------------------------------------------------------------------------------------------
-# Runs
-# ----------------------------------------------------------------------------------------------
-
+# --- Runs ---
 
 @dataclasses.dataclass(frozen=True)
 class Control:
@@ -127,10 +124,7 @@ CONTROLS = {
         IOU, (CORR, IOU, *(R + x for x in ("decided", "mask_inside", "mask_outside"))),
         WINDOWS)}
 
-# ----------------------------------------------------------------------------------------------
-# Collecting
-# ----------------------------------------------------------------------------------------------
-
+# --- Collecting ---
 
 def numbers(folder):
     """Metrics of a finished run; lambda_adv.above: how often it is in the later half of the log."""

@@ -32,10 +32,7 @@ from benchmarks import throughput
 
 RUNS, RESULTS = HERE / "runs" / "bench", HERE / "results"
 
-# ----------------------------------------------------------------------------------------------
-# Suites
-# ----------------------------------------------------------------------------------------------
-
+# --- Suites ---
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -104,10 +101,7 @@ SUITES = {
             ("gradient not projected", "--no-project_gradient"))}},
 }
 
-# ----------------------------------------------------------------------------------------------
-# Running
-# ----------------------------------------------------------------------------------------------
-
+# --- Running ---
 
 def lacks(folder, evals):
     """Evaluations that a finished run has not seen; None if it is not finished."""
@@ -120,8 +114,8 @@ def one(row, job, more=""):
     """Train or resume one run, or add what it lacks; its output beside the folder -> success."""
     out, python = row.folder(*job), [sys.executable, "-m"]
     missing = lacks(out, row.evals)
-    if missing == [] or not (HERE / f"{row.script.replace('.', '/')}.py").exists():
-        return missing == []
+    if missing == []:
+        return True
     cache = " ".join(re.findall(r"--cache \S+", more)).split()
     commands = [[*python, f"evals.{name}", out, *cache] for name in missing or ()]
     if missing is None:
@@ -137,9 +131,8 @@ def one(row, job, more=""):
             **os.environ, "OMP_NUM_THREADS": "1"}).returncode for command in commands]
     good = set(codes) <= {0, 3}                            # 3: an evaluation could not be had
     last = re.split(r"[\r\n]", output.read_text().strip())[-1][:200]
-    told = "done" if good else f"failed: {last}"
-    print(f"{time.strftime('%H:%M:%S')} {out.parent.name} {out.name}: {told} "
-          f"({time.time() - start:.0f} s)", flush=True)
+    print(time.strftime("%H:%M:%S"), out.parent.name, f"{out.name}:", "done" if good else
+          f"failed: {last}", f"({time.time() - start:.0f} s)", flush=True)
     return good
 
 
@@ -158,13 +151,10 @@ def run(table, more="", workers=0):
             pool.shutdown(cancel_futures=True)
             raise SystemExit(130) from None
     if failed:
-        print(f"{failed} of {len(jobs)} runs failed or cannot run yet; the same command goes on.")
+        print(f"{failed} of {len(jobs)} runs failed; the same command goes on.")
 
 
-# ----------------------------------------------------------------------------------------------
-# Collecting
-# ----------------------------------------------------------------------------------------------
-
+# --- Collecting ---
 
 def numbers(folder):
     """All metrics of a finished run, flat; {} if there is none."""
@@ -174,8 +164,8 @@ def numbers(folder):
 
 
 def provenance(command, versions):
-    return {"command": command, "commit": versions["commit"],
-            "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "commit")}
+    parts = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "commit")
+    return {"command": command, "commit": versions["commit"], "versions": parts}
 
 
 def collect(table, old, metrics, read=numbers):
@@ -191,8 +181,8 @@ def collect(table, old, metrics, read=numbers):
             found = read(row.folder(layer, seed))
             if found:
                 config = common.read_json(row.folder(layer, seed) / "config.json")
-                entry["seeds"][str(seed)] = provenance(f"{command} --seed {seed}",
-                                                       config["versions"])
+                where = provenance(f"{command} --seed {seed}", config["versions"])
+                entry["seeds"][str(seed)] = where
                 for metric in metrics:
                     entry["values"].setdefault(metric, {}).pop(str(seed), None)
                     if metric in found:
@@ -237,8 +227,7 @@ def show(table, columns=()):
 
 def mean_sd(values):
     """[mean, standard deviation], as far as there are values for them."""
-    functions = (statistics.fmean, statistics.stdev)[:len(values)]
-    return [function(values) for function in functions]
+    return [function(values) for function in (statistics.fmean, statistics.stdev)[:len(values)]]
 
 
 def fill(pattern, body):

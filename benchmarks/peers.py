@@ -42,10 +42,7 @@ from benchmarks.throughput import LENGTH, SEQUENCES, TOKENS, RandomActivations
 
 K = 32
 
-# ----------------------------------------------------------------------------------------------
-# Drivers: (activation, D, F, dtype, steps) -> seconds of each step after the first
-# ----------------------------------------------------------------------------------------------
-
+# --- Drivers: (activation, D, F, dtype, steps) -> seconds of each step after the first ---
 
 def batches(acts):
     """The same batch (2048, D) fp32 for ever; acts notes when it is asked for."""
@@ -124,10 +121,7 @@ def refusal(library, activation, dtype):
         f"bf16 {'always' if cuda else 'on CUDA only'}" if cuda != (dtype == torch.bfloat16) else "")
 
 
-# ----------------------------------------------------------------------------------------------
-# One process a library and repeat
-# ----------------------------------------------------------------------------------------------
-
+# --- One process a library and repeat ---
 
 def one(library, D, dtypes, expansions):
     """Every case of a library in this process -> [{activation, dtype, F, reason, seconds}]."""

@@ -3,8 +3,7 @@
     python benchmarks/throughput.py                    steps of every script against their floor
     python benchmarks/throughput.py --busy 1           default steps alone and beside busy loops
     python benchmarks/throughput.py --against ../old   default steps against another checkout's
-    python benchmarks/throughput.py --random_gemma     Gemma-2-2B's shape on a GPU (--toy: a tiny
-                                                       one on any machine)
+    python benchmarks/throughput.py --random_gemma     Gemma-2-2B's shape on a GPU (--toy: tiny)
 
 A step trains on 2048 random tokens: forward, backward, optimiser, renormalisation, bookkeeping.
 floor/step compares it with the five matrix products of a standard SAE (encode, decode, gradients of
@@ -41,6 +40,7 @@ CASES = {f"{label}, {kind}": (script, [*flags, *more]) for label, script, *flags
     for kind, more in (("ReLU", []), ("TopK 32", ["--activation=topk", "--k=32"]))}
 SEQUENCES, LENGTH = 16, 128
 TOKENS = SEQUENCES * LENGTH
+
 
 class RandomActivations:
     """What train() needs, over the same random sequences each step; times: of each request."""
@@ -139,7 +139,7 @@ def measure(args):
 
 
 def in_process(code, here, **env):
-    """What a new process prints as json on its last line; here: its working directory."""
+    """What a new process, started in the folder `here`, prints as json on its last line."""
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True,
                           env={**os.environ, **env})
     if done.returncode:
@@ -164,12 +164,11 @@ def in_turn(args, ways):
     found = {}
     for name, (here, loops, first) in list(ways.items()) * args.repeats:
         code = CHILD.format(first=first, here=str(here), labels=args.labels)
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
-        try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(loops):
+                loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                stack.callback(loop.kill)
             times = in_process(code, here)
-        finally:
-            for process in busy:
-                process.kill()
         for label, seconds in times.items():
             found.setdefault(label, {}).setdefault(name, []).extend(seconds)
     return {label: {name: 1e3 * statistics.median(values) for name, values in both.items()}
@@ -200,7 +199,7 @@ def against(args):
         for label, ms in found.items()]}
 
 
-# --random_gemma
+# --- Gemma-2-2B's shape with random weights ---
 
 TOY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
            num_key_value_heads=2, head_dim=16, vocab_size=300)
@@ -289,13 +288,13 @@ def markdown(table):
     for name, value in table.items():
         if isinstance(value, list):
             columns = list(dict.fromkeys(key for row in value for key in row))
-            rows = [[cell(row.get(column)) for column in columns] for row in value]
-            parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in (
-                columns, ["---"] * len(columns), *rows)))
+            cells = [[cell(row.get(column)) for column in columns] for row in value]
+            parts += [f"| {' | '.join(c)} |" for c in (columns, ["---"] * len(columns), *cells)]
+            parts.append("")
         else:
             pairs = value if isinstance(value, dict) else {name: value}
             rest += [f"{key} {cell(v)}" for key, v in pairs.items()]
-    return "\n\n".join([*parts, ", ".join(rest) + "."])
+    return "\n".join([*parts, ", ".join(rest) + "."])
 
 
 def arguments(doc):
