@@ -57,7 +57,7 @@ What the paper leaves open; each is argued at the line that settles it: grep -n 
     open B.attribution  which L, tokens, derivative            --attribution active | all
     open S.start        first values of the weights            tied; b_dec the mean
     open S.decay        AdamW's weight decay                   --weight_decay
-    open S.projection   decoder rows of norm 1                 --no-project_gradient
+    open S.projection   gradient along decoder rows            --no-project_gradient
     open S.scale        unit of the activations                mean norm sqrt(D)
     open S.lambda       ... and so of lambda                   --l1 VALUE
     open S.sinks        attention sinks                        masked
@@ -245,7 +245,7 @@ class HierarchicalSAE(nn.Module):
         return p, choice, choice if self.cfg.routing == "top1" else nested
 
     def context(self, h, mask):
-        """Token mixing: centred h (B, T, D), units of sqrt(D) -> the encoder's input (B, T, D)."""
+        """Token mixing: centred, scaled h (B, T, D) -> the encoder's input (B, T, D)."""
         if h.dim() != 3:
             raise common.UserError("the temporal variant codes sequences (B, T, D), not vectors.")
         mask = torch.ones_like(h[..., 0], dtype=torch.bool) if mask is None else mask
@@ -320,11 +320,11 @@ def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
 
 
 def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing, temporal terms
-    """Terms of Eq. 16, already weighted, all but the last; statistics; (f, p, choice). fp32.
+    """Terms of Eq. 8, 16 but L_adv, and routing; all weighted; statistics; (f, p, choice). fp32.
 
     x (B, T, D) raw, mask (B, T), n () number of scored tokens in the whole (global) batch.
     Reductions: reconstruction sums over D, sparsity over F, prediction averages over D, the other
-    temporal terms are one number a token; all average over scored tokens. Routing: one number.
+    temporal terms are one number a pair; all are divided by the scored tokens. Routing: one number.
     """
     n = n.clamp(min=1)
     f, p, choice = sae.recompute(sae.code, x, mask)
@@ -333,11 +333,11 @@ def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing
     image, m = (f @ sae.W_dec).float(), mask[..., None]                   # (B, T, D), (B, T, 1)
     error = (image + sae.b_dec - x.float() / sae.scale) * m               # (decode(f) - x) / scale
     # Eq. 8 (Sec. 4.4), Eq. 16 (Sec. 5.6):
-    #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_adv L_adv
+    #   L = ||h - g(f(h))||^2 + lambda_1 ||f(h)||_1 + lambda_2 L_temp + lambda_3 L_adv (lambda_adv)
     recon = error.pow(2).sum() / n   # EXERCISE 11
     stats = {"error": recon.detach(), "active": ((f > 0) * m).sum() / n}  # logged, not in the loss
-    # open B.reduction: norms / here sums, as printed; beside them lambda_2 is weak, D times heavier
-    #   with both "mean" (neighbour cosine 0.80 -> 0.85 at D = 64) / --recon_reduction
+    # open B.reduction: norms / here sums, as printed; beside them lambda_2 is weak; both "mean": it
+    #   weighs D times more (neighbour cosine 0.80 -> 0.85 at D = 64) / --recon_reduction
     if cfg.recon_reduction == "mean":
         recon = recon / x.shape[-1]
     terms, width = {"recon": recon}, f.shape[-1] if cfg.l1_reduction == "mean" else 1
@@ -393,7 +393,7 @@ def temporal_losses(sae, f, image, mask, cfg):
 def adversarial_loss(sae, f, mask, cfg):
     """lambda_adv L_adv of Eq. 16, summed over features: (); scalars for the log. f (B, T, F)."""
     # open B.similarity: "observed activation patterns" / here of features' codes over the step's
-    #   tokens; decoder rows are slow, 0.01 instead of 2.5 % pass their margin / --similarity
+    #   tokens; decoder rows are slow, 0.01 % instead of 2.5 % pass their margin / --similarity
     columns = (f * mask[..., None]).flatten(0, 1) if cfg.similarity == "code" else sae.W_dec.t()
     s = similarity(columns)                                               # (F,)
     L_adv, A_spurious, log = 0.0, torch.zeros_like(s[0]), {"similarity": s.detach().mean()}
@@ -405,12 +405,12 @@ def adversarial_loss(sae, f, mask, cfg):
         L_adv = L_adv + F.relu(s - margin).square().sum()
         log["over_margin"] = (s > margin).float().mean()
     if sae.parts["orthogonality"]:
-        A = sae.attribution / sae.attribution.max().clamp(min=1e-30)      # (F,), no gradient
+        A = sae.attribution / sae.attribution.max().clamp(min=1e-30)      # A_i over max A, (F,)
         above = A > torch.quantile(A, cfg.percentile)                     # Sec. 4.3
         a = A * above
         L_adv = L_adv + sae.parts["orthogonality"] * (a * F.relu(s).square()).sum()
         # open B.spurious: no formula / here, as the letter A says, the mean of a_i above the
-        #   percentile; "similarity": that of s_i weighted by a_i, for rows below 0.5 / --spurious
+        #   percentile; "similarity": that of s_i weighted by a_i (of rows: below 0.5) / --spurious
         A_spurious = a.sum() / above.sum().clamp(min=1)
         if cfg.spurious == "similarity":
             A_spurious = a @ F.relu(s.detach()) / a.sum().clamp(min=1e-30)
@@ -441,7 +441,7 @@ def update_margin(sae, s, cfg):
 
 
 # ---------------------------------------------------------------------------------------------
-# Schedules: pure functions of the step, and statistics that run over the steps
+# Schedules: functions of the step or of A_spurious; statistics that run over the steps
 # ---------------------------------------------------------------------------------------------
 
 
@@ -515,7 +515,7 @@ def train(cfg, acts):
     for step in run.steps():
         # 1. batch
         x, mask = acts.batch(step)                                        # (b, T, D), (b, T)
-        n = common.total(mask.sum()).clamp(min=1)                         # scored, all processes
+        n = common.total(mask.sum())                                      # scored, all processes
         # 2. forward and losses   3. backward
         with acts.autocast():
             terms, stats, (f, p, choice) = compute(sae, x, mask, n, step, cfg)
@@ -526,6 +526,7 @@ def train(cfg, acts):
         sum(terms.values()).backward()
         common.sum_gradients(sae)                                         # across processes
         # 4. constrain the gradient
+        # open S.projection: not given / here the part along a row goes / --no-project_gradient
         if cfg.project_gradient:
             remove_parallel_gradient(sae)
         if cfg.clip:
@@ -533,7 +534,6 @@ def train(cfg, acts):
         # 5. step   6. renormalise
         opt.param_groups[0]["lr"] = cfg.lr * lr_factor(step, cfg)
         opt.step()
-        # open S.projection: not given / here norm 1, as long rows save L1 / --no-project_gradient
         normalize_decoder(sae)
         # 7. bookkeeping
         if sae.parts["orthogonality"]:

@@ -23,7 +23,7 @@ Notation (paper -> code)
     f, e            features (the code)                   f          (B, T, F)
     g(f), h_hat     reconstruction                        x_hat      (B, T, D)
     B sequences, T tokens, D width, F features, K branches; "scored" tokens: mask = True. Eq. A.1 to
-    A.6 are paper A's, D.1 to D.4 paper D's.
+    A.6 and Sec. A.4.1 to A.4.4 are paper A's (no appendix), D.1 to D.4 paper D's.
 
 Paper -> code
     Eq. A.1         MTSAE.encode                      sequences of activations -> of codes
@@ -54,7 +54,7 @@ What the papers leave open; each is argued at the line that settles it: grep -n 
     open D.buffers      "logging of buffer states"       mean norm, scored share
     open S.decay        AdamW's weight decay             --weight_decay; in D of every parameter
     open S.start        first values of the weights      tied; b_dec the mean
-    open S.projection   decoder rows of norm 1           --no-project_gradient
+    open S.projection   gradient along decoder rows      --no-project_gradient
     open S.scale        unit of the activations          mean norm sqrt(D)
     open S.lambda       ... and so of lambda             --l1 VALUE
     open S.sinks        attention sinks                  masked
@@ -120,7 +120,7 @@ VARIANTS = {"extraction": {}, "unlearning": dict(model="EleutherAI/pythia-70m", 
             rates="1,2,4,8", center=False, recon="norm", recon_weight=1.0, batch_size=16,
             weight_decay=0.01, schedule="cosine", resample_every=0, dtype="float32")}
 LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=3000, batch_size=4, lm_batch=16,
-              model="auto", layer="19")               # sizes only
+              model="auto", layer="19")               # D: model, layer, too
 PAPER = {"extraction": {   # metric -> what the paper reports
     "core.inactive": "0.50 (Sec. 6.1)", "mixing.reach": "128 (abstract)",
     "resampling.features": "0.15 (Sec. 6.3)"}, "unlearning": {"core.L0": "0.0", "core.L1": "0.0",
@@ -215,7 +215,7 @@ class MTSAE(nn.Module):
         if self.cfg.variant == "unlearning":
             # Eq. D.2 (Sec. 4): z_k = LayerNorm(C_{r_k}(h))
             return torch.cat([norm(c) for norm, c in zip(self.ln, conv)], -1)   # [z_1; ...; z_K]
-        # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}
+        # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}; A is what pad returns
         h = [c + token for c in conv]
         # open A.bn: "residual connection (+A) and subsequent batch normalization", h "the averaged
         #   output from the temporal processing stage" / here in that order / --batch_norm average
@@ -242,7 +242,7 @@ class MTSAE(nn.Module):
         x = x.float() / self.scale - self.mean                            # fp32: filters and norms
         T, R = x.shape[1], max(self.rates)
         if mask is not None:
-            # open A.fill: not given / here 0, the mean; past the last scored token that one (A.4.4)
+            # open A.fill: not given / here 0, the mean; past the last scored one that (Sec. A.4.4)
             t = torch.arange(T, device=x.device)
             source = torch.minimum(t, (mask * t).amax(1, keepdim=True))   # (B, T), up to the last
             x = x[torch.arange(len(x), device=x.device)[:, None], source]
@@ -300,7 +300,7 @@ def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms;
 
     x (B, T, D) raw, mask (B, T), n (2,) numbers of scored tokens and of scored pairs of neighbours
     in the whole (global) batch. Reductions: reconstruction sums over D (norm: the root of that sum,
-    token by token), sparsity sums over F, separation averages over ordered pairs of branches; these
+    token by token), sparsity sums over F, separation averages over pairs of branches; these
     three are averaged over scored tokens. Coherence: cosine over F, averaged over scored pairs.
     """
     # open A.axes: not given / here as above; averaged over D it collapses / --recon_reduction mean
@@ -312,7 +312,7 @@ def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms;
     stats = {"error": error.sum() / tokens, "active": ((f > 0).sum(-1) * mask).sum() / tokens}
     error = error / (x.shape[-1] if cfg.recon_reduction == "mean" else 1)   # ABLATION: collapses
     # Eq. A.2, A.6: L = 2.0 ‖A - g(f)‖_2² + 0.04 ‖f‖_1 - 0.15 cos(f_t, f_{t+1})
-    # Eq. D.1, D.4: L = ‖h - h_hat‖_2 + λ_1 ‖e‖_1 + λ_2 1/(K(K-1)) Σ_{i≠j} max(0, cos(z_i, z_j))
+    # Eq. D.1, D.4: L = ‖h^l - h_hat‖_2 + λ_1 ‖e‖_1 + λ_2/(K(K-1)) Σ_{i≠j} max(0, cos(z_i, z_j))
     recon = error if cfg.recon == "squared" else error.clamp(min=1e-12).sqrt() * mask
     terms = {"recon": cfg.recon_weight * recon.sum() / tokens}
     if cfg.activation == "relu":
@@ -414,7 +414,7 @@ def train(cfg, acts):
         common.sum_gradients(sae)                                         # across processes
         watched = monitor(sae, x, mask, f, n) if run.log_due(step) else {}
         # 4. constrain the gradient
-        # open S.projection: not given / here as usual: no growth to save L1 / --no-project_gradient
+        # open S.projection: not given / here the part along a row goes / --no-project_gradient
         if cfg.project_gradient:
             remove_parallel_gradient(sae)
         if cfg.clip:
@@ -450,7 +450,7 @@ def monitor(sae, x, mask, f, n):
 
 
 def table_1(sae, x, mask, total):
-    """Paper D's Table 1: mean and deviation of each convolution over scored tokens and channels."""
+    """Paper D's Table 1: mean and deviation of each convolution; total(t) sums over processes."""
     # open D.table: not those of z_k, which LayerNorm sets to 1 / here of the raw convolutions
     table = {}
     for r, conv in zip(sae.rates, sae.branches(x, mask)[0]):

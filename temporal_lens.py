@@ -14,8 +14,8 @@ soft at first (temperature 5), sharp at the end (0.1). Positions that reconstruc
 weight in the loss. Afterwards one reads off where in the sequence each feature works.
 Beware. At temperature 0.1, logits that nothing has moved still look like masks, so the analysis
 also says how much of them is their random first draw. And lambda decides what masks can do: at 0.04
-most features are on at every token and none is decided, even where each belongs to a part of the
-positions; with sparse codes all are found (see E.alpha_lr).
+most features are on at every token and on text no mask is decided; where features belong to a part
+of the positions half are, with sparse codes and faster logits nearly all (see E.alpha_lr).
 
 Notation (paper -> code)
     h_t in R^d      residual stream at token t            x          (B, T, D)
@@ -55,7 +55,7 @@ What the paper leaves open; each is argued at the line that settles it: grep -n 
     open E.bf16         "bfloat16 precision"                   matrix products only; --dtype
     open S.decay        AdamW's weight decay                   --weight_decay
     open S.start        first values of the weights            tied; b_dec the mean
-    open S.projection   decoder rows of norm 1                 --no-project_gradient
+    open S.projection   gradient along decoder rows            --no-project_gradient
     open S.scale        unit of the activations                mean norm sqrt(D)
     open S.lambda       ... and so of lambda                   --l1 VALUE
     open S.sinks        attention sinks                        masked
@@ -245,7 +245,7 @@ def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
 # Losses
 # ---------------------------------------------------------------------------------------------
 def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - positions are weighed
-    """Terms of Eq. 8, already weighted (their sum is the loss), and statistics. fp32 throughout.
+    """Terms of Eq. 8, already weighted (their sum is the loss), statistics. fp32 outside the SAE.
 
     x (B, T, D) raw, mask (B, T), n () number of scored tokens in the whole (global) batch.
     Reconstruction sums over D, sparsity over F; each token counts with the weight of its position,

@@ -45,7 +45,7 @@ What the paper leaves open; each is argued at the line that settles it: grep -n 
     open C.steps        layer, steps, learning-rate schedule   --layer --steps --lr_warmup
     open S.decay        AdamW's weight decay                   --weight_decay
     open S.start        first values of the weights            tied; b_dec the mean
-    open S.projection   decoder rows of norm 1                 --no-project_gradient
+    open S.projection   gradient along decoder rows            --no-project_gradient
     open S.scale        unit of the activations                mean norm sqrt(D)
     open S.lambda       ... and so of lambda                   --l1 VALUE
     open S.sinks        attention sinks                        masked
@@ -142,13 +142,13 @@ class TSAE(nn.Module):
         if self.norm != "off":
             self.ln = nn.LayerNorm(n_features)                            # Sec. 4.3
         if cfg.temporal and cfg.buffers:
-            # open C.buffers: not said what they hold / here a position's mean code / --no-buffers
+            # open C.buffers: what they hold / here a position's mean code, mixed in / --no-buffers
             state = torch.randn(cfg.T, n_features, generator=common.generator(cfg.seed, "buffers"))
             self.register_buffer("temporal_buffer", cfg.buffer_std * state)   # (T, F)
 
     def encode(self, x, mask=None):
         """Raw activations (..., D) -> features (..., F). mask is accepted and not needed."""
-        # Sec. 3.1: h_t = f_theta(x_t) = ReLU((x_t - b_dec) W_enc + b_enc), b_dec multiplied out
+        # Sec. 3.1: h_t = f_theta(x_t); here ReLU((x_t - b_dec) W_enc + b_enc), b_dec multiplied out
         x, bias = x / self.scale, self.b_enc - self.b_dec @ self.W_enc
         if self.k and self.norm == "off":
             return common.encode_topk(x, self.W_enc, bias, self.k)        # topk(x W_enc + bias, k)
@@ -268,7 +268,7 @@ def variance_weights(f, mask, cfg):
     """Feature weights of Eq. 3 in each window: code (B, T, F), mask (B, T) -> (B, 1, F)."""
     if cfg.variance_weights == "off":
         return torch.ones_like(f[:, :1])
-    # Eq. 3 (Sec. 4.1): λ_i = σ_i² / Σ_j σ_j² · λ_base; variance below 0.01 excluded
+    # Eq. 3 (Sec. 4.1): λ_i = σ_i²/Σ_j σ_j² · λ_base, here the fraction; λ_base: λ_s in lag_weights
     # open C.variance: of which code / here as encoded / mixed with the buffers it has 0.56 of this
     #   variance, and of features at 0.0135 the threshold would exclude 89 instead of 5 %
     variance = window_mean((f - window_mean(f, mask)).square(), mask)
@@ -335,7 +335,7 @@ def train(cfg, acts):
         sum(terms.values()).backward()
         common.sum_gradients(sae)                                         # across processes
         # 4. constrain the gradient
-        # open S.projection: not given / here norm 1, as long rows save L1 / --no-project_gradient
+        # open S.projection: not given / here the part along a row goes / --no-project_gradient
         if cfg.project_gradient:
             remove_parallel_gradient(sae)
         if cfg.temporal:
@@ -356,7 +356,7 @@ def train(cfg, acts):
 
 @torch.no_grad()
 def transitions(sae, acts):
-    """Sec. 5.3: how likely a feature stays on, or goes on, at the next token, and its variance."""
+    """Sec. 5.3: how likely a feature stays on, or turns on, at the next token, and its variance."""
     counts, variance = 0, []
     for x, mask in acts.heldout():
         f, pair = sae.encode(x, mask).float(), (mask[:, 1:] & mask[:, :-1])[..., None]
