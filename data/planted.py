@@ -155,8 +155,7 @@ def recovery(sae, acts):
     the hidden value over held-out tokens. Both also by group where the plant has groups.
     """
     truth, W = acts.truth, F.normalize(sae.W_dec.detach().float(), dim=1)
-    dictionary = truth["dictionary"].to(W.device)
-    gen = common.generator(0, "random-dictionary")
+    dictionary, gen = truth["dictionary"].to(W.device), common.generator(0, "random-dictionary")
     random = F.normalize(torch.randn(W.shape, generator=gen)).to(W.device)
     f = torch.cat([sae.encode(x, m).float() for x, m in acts.heldout()])      # (n, T, F)
     r = correlations(truth["values"].to(f.device), f)                         # (M, F)
@@ -187,12 +186,9 @@ def correlations(values, f):
 
 
 def mask_scores(m, alive, r):
-    """Masks against the planted windows. m (T, F), alive (T, M), r (M, F).
-
-    iou: intersection over union of window and mask > 0.5, mean over true features, each with the
-    SAE feature that follows it best; decided: share of the masks below 0.1 or above 0.9; inside,
-    outside: mean mask in the window and out of it.
-    """
+    """Masks against the planted windows: m (T, F), alive (T, M), r (M, F). iou: intersection over
+    union of window and mask > 0.5, mean over true features, each with the SAE feature that follows
+    it best; decided: share of the masks below 0.1 or above 0.9; mean mask inside and outside."""
     mine = m[:, r.argmax(1)]                                                  # (T, M)
     on = mine > 0.5
     iou = (on & alive).sum(0) / (on | alive).sum(0).clamp(min=1)
@@ -201,12 +197,10 @@ def mask_scores(m, alive, r):
 
 
 def level_scores(sae, acts, truth, r):
-    """Levels against the planted tree: where parents and children went, and what the router sees.
-
-    parents_lower: mean level (0: lowest) of the features that follow children best, minus that
-    of those that follow parents. router_shift: mean distance (total variation) between the router's
-    mean gates at tokens with and without a child on. share_min: the least used level's share.
-    """
+    """Levels against the planted tree. parents_lower: mean level (0: lowest) of the features that
+    follow children best, minus that of those that follow parents. router_shift: distance (total
+    variation) of the router's mean gates at tokens with and without a child on. share_min: the
+    least used level's share."""
     level_of = torch.arange(len(sae.sizes)).repeat_interleave(torch.tensor(sae.sizes)).to(r.device)
     at = level_of[r.argmax(1)].float()                                        # (M,)
     child, on = truth["level"].to(r.device) == 1, truth["values"].to(r.device) > 0
@@ -220,12 +214,10 @@ def level_scores(sae, acts, truth, r):
 
 
 def forgetting(sae, truth, f):
-    """Forget one kind of sequences: SAEBench's rule picks features, which are set to 0.
-
-    Features on at less than 1 % of the keep kind's tokens, the 8 most often on in the forget kind
-    first. forgotten: share of the forget features' energy gone; damage: squared change of all other
-    hidden values over their energy, in the keep kind.
-    """
+    """Forget one kind of sequences: of the features on at less than 1 % of the keep kind's tokens
+    the 8 most often on in the forget kind (SAEBench's rule) are set to 0. forgotten: share of the
+    forget features' energy gone; damage: squared change of all other hidden values over their
+    energy, in the keep kind."""
     kind = truth["kind"][-len(f):].to(f.device)
     on = (f > 0).float()
     rate, side = on[kind].mean((0, 1)), on[~kind].mean((0, 1))

@@ -20,11 +20,9 @@ PIECE = 20_000         # characters after which a long local text is cut, at the
 
 
 def make_windows(texts, lm, T, n_windows):
-    """Windows BOS + T tokens -> tokens (N, 1+T) int32, lengths (N,) int32, N <= n_windows.
-
-    A window never crosses documents. A document's tail of at least MIN_TAIL tokens is kept and
-    padded by repeating its last token (lengths says how many are real); shorter tails are dropped.
-    """
+    """Windows BOS + T tokens -> tokens (N, 1+T) int32, lengths (N,) int32, N <= n_windows. None
+    crosses documents. A document's tail of at least MIN_TAIL tokens is kept and padded by repeating
+    its last token (lengths says how many are real); shorter tails are dropped."""
     tokens, lengths, texts = [], [], iter(texts)
     while len(tokens) < n_windows and (group := [text for _, text in zip(range(256), texts)]):
         for ids in lm.tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -127,7 +125,7 @@ def local(path, split):
         cut = int(len(texts[0]) * 0.9)
         return [texts[0][:cut] if split == "train" else texts[0][cut:]]
     step = min(10, len(texts))
-    return [t for i, t in enumerate(texts) if (i % step == step - 1) == (split == "heldout")]
+    return [t for i, t in enumerate(texts, 1) if (i % step == 0) == (split == "heldout")]
 
 
 def jsonl_texts(file, raw):

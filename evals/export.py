@@ -40,7 +40,8 @@ def export(sae, acts, folder, fmt):
         raise common.UserError(f"{refused} on held-out activations it gives another code.")
     folder.mkdir(parents=True, exist_ok=True)
     write = saelens if fmt == "saelens" else dictionary_learning
-    write(folder, acts, W_enc, b_enc, W_dec, b_dec, k)
+    name = acts.lm.name if acts.lm else "synthetic"
+    write(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k)
 
 
 def code(x, W_enc, b_enc, b_dec, k):
@@ -59,23 +60,22 @@ def close(a, b, mask):
     return a.shape == b.shape and bool((a - b)[mask].abs().max() <= 1e-4 * b[mask].abs().max())
 
 
-def saelens(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
+def saelens(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k):
     """SAELens: sae_weights.safetensors and cfg.json."""
     common.save_tensors(folder / "sae_weights.safetensors",
                         {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
-    D, n_features = W_enc.shape
     common.write_json(folder / "cfg.json", {
         "architecture": "topk" if k else "standard", **({"k": k} if k else {}),
-        "d_in": D, "d_sae": n_features, "dtype": "float32", "device": "cpu",
+        "d_in": W_enc.shape[0], "d_sae": W_enc.shape[1], "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"model_name": model_name(acts), "hook_layer": int(acts.layer),
+        "metadata": {"model_name": name, "hook_layer": int(acts.layer),
                      "hook_name": f"blocks.{acts.layer}.hook_resid_post",
                      "context_size": acts.T + 1, "prepend_bos": True, "feature_scale": acts.scale,
                      "sae_lens_version": "6.0.0"}})   # of the format; without it metadata is lost
 
 
-def dictionary_learning(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
+def dictionary_learning(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k):
     """dictionary_learning: ae.pt, a pickle (this project writes it and never reads one), and
     config.json."""
     state = {"encoder.weight": W_enc.t().contiguous(), "encoder.bias": b_enc,
@@ -88,13 +88,9 @@ def dictionary_learning(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
     D, n_features = W_enc.shape
     common.write_json(folder / "config.json", {
         "trainer": {"dict_class": "AutoEncoderTopK" if k else "AutoEncoder", "activation_dim": D,
-                    "dict_size": n_features, "layer": acts.layer, "lm_name": model_name(acts),
+                    "dict_size": n_features, "layer": acts.layer, "lm_name": name,
                     "submodule_name": f"resid_post_layer_{acts.layer}", **({"k": k} if k else {})},
         "buffer": {"d_submodule": D, "io": "out", "ctx_len": acts.T + 1}})
-
-
-def model_name(acts):
-    return acts.lm.name if acts.lm else "synthetic"
 
 
 def main(argv=None):

@@ -125,12 +125,10 @@ def cover_orders(orders, live, limit):
 
 
 def find_contexts(sae, acts, chosen, stats):
-    """Second pass: text and activations at the peaks of the chosen (C,) -> (pieces, contexts).
-
-    pieces: [(window, first position - 1, texts of the tokens)], each once; contexts: for each
-    feature a list of [piece, offset of the peak, peak, levels]; level: 0..99 of its maximum (1 or
-    more where on), -1 where not scored. Starts are multiples of 8: near peaks share a piece.
-    """
+    """Second pass: text and activations at the peaks of the chosen (C,) -> pieces [(window, first
+    position - 1, texts of the tokens)], each once, and for each feature its contexts [(piece,
+    offset of the peak, peak, levels)]; level: 0..99 of its maximum (1 or more where on), -1 where
+    not scored. Starts are multiples of 8: near peaks share a piece."""
     peaks, windows, places = (stats[name][:, chosen] for name in ("peaks", "windows", "places"))
     size = min(TOKENS, acts.T)
     starts = ((places - 24) // 8 * 8).clamp(0, acts.T - size)             # (CONTEXTS, C)

@@ -90,11 +90,9 @@ def measure(sae, acts):
 
 
 def early_late(error, energy, scored):
-    """Positions 1-32 against later ones, early / late - 1; arrays (N, T) as measured.
-
-    early_error: of the squared error a token; p: its paired t-test over sequences (Sec. 5);
-    early_unexplained: of the error over the variance of the positions concerned.
-    """
+    """Positions 1-32 against later ones, early / late - 1; arrays (N, T) as measured. early_error:
+    of the squared error a token; p: its paired t-test over sequences (Sec. 5); early_unexplained:
+    of the error over the variance of the positions concerned."""
     from scipy.stats import ttest_rel
     border = min(32, error.shape[1] // 4)                                 # short windows: a quarter
     parts = slice(0, border), slice(border, None)
@@ -108,11 +106,9 @@ def early_late(error, energy, scored):
 
 @torch.no_grad()
 def sink_cases(sae, acts, errors):
-    """measure's errors, and what they become if the attention sink counts as position 1.
-
-    sink_as_coded: with this SAE's error on the sink, which it was not trained on. sink_fitted: with
-    error 0, as an SAE trained on it reaches: the sink is the same vector in every window.
-    """
+    """measure's errors, and what they become if the attention sink counts as position 1:
+    sink_as_coded: with this SAE's error on the sink, which it was not trained on; sink_fitted: with
+    error 0, as an SAE trained on it reaches: the sink is the same vector in every window."""
     cases, sink = {"no_sink": errors}, acts.heldout_store.sink            # (D,), or None
     if sink is not None:
         x = sink.to(acts.device).float()[None, None]                      # (1, 1, D): position 1
@@ -183,10 +179,8 @@ def cluster(profile):
 
 
 def compare(sae_a, sae_b, acts):
-    """Paired t-test between two SAEs' squared errors on the same sequences (Sec. 5, 6.4).
-
-    In raw units: each SAE has its own scale, which depends on the seed.
-    """
+    """Paired t-test between two SAEs' squared errors on the same sequences (Sec. 5, 6.4), in raw
+    units: each SAE has its own scale, which depends on the seed."""
     from scipy.stats import ttest_rel
     a, b = (errors[0].sum(1) * sae.scale.item() ** 2 / errors[2].sum(1).clip(1)   # (N,) each
             for sae, errors in ((sae, measure(sae, acts)[0]) for sae in (sae_a, sae_b)))

@@ -4,8 +4,8 @@
     python -m evals.saebench RUN core              SAEBench itself, on its own text; also
                                                    sparse_probing and unlearning (WMDP and MMLU)
 
-The first needs nothing else, and equals sae-bench 0.6.0 (sae_bench/evals/core) on the same tensors.
-Where its values differ from evals/core.py, that one is right:
+The first equals sae-bench 0.6.0 (sae_bench/evals/core) on the same tensors. Where its values differ
+from evals/core.py, that one is right:
 
     explained_variance          1 - R / (S - (S / D)^2), with R and S the means over batches of the
                                 mean ||x - x_hat||^2 and ||x||^2: nearly a variance about zero, so
@@ -16,10 +16,9 @@ Where its values differ from evals/core.py, that one is right:
                                 the batch size
     relative_reconstruction_bias  a mean of the batches' ratios
 
-The others run sae-bench's program, its data sets and its language models, in its settings; results
-go to RUN/saebench/ in its format. They need `pip install sae-bench`, best in an environment of its
-own, which also runs this project; the hub; and for unlearning WMDP's gated bio-forget-corpus where
-sae-bench looks for it.
+The others run sae-bench's program, data sets and settings; results go to RUN/saebench/ in its
+format. They need `pip install sae-bench`, best in an environment of its own, which also runs this
+project; the hub; and for unlearning WMDP's gated bio-forget-corpus where sae-bench looks for it.
 """
 import sys
 from functools import partial
@@ -83,10 +82,8 @@ def metrics(batches, W_dec=None, W_enc=None):
 def max_cosine(W, block=4096):
     """For each row of W (F, D) the largest cosine to another row (F,); never (F, F) at once."""
     W, best = F.normalize(W.float(), dim=1), []
-    for start in range(0, len(W), block):
-        cosine = W[start:start + block] @ W.t()
-        rows = torch.arange(len(cosine), device=W.device)
-        cosine[rows, start + rows] = -1
+    for rows in torch.arange(len(W), device=W.device).split(block):
+        cosine = (W[rows] @ W.t()).scatter_(1, rows[:, None], -1.0)       # itself left out
         best.append(cosine.max(1).values)
     return torch.cat(best)
 
@@ -95,9 +92,8 @@ class ForSAEBench(torch.nn.Module):
     """This project's SAE as sae-bench expects one: encode ([N, D] or [B, L, D]), linear decode,
     weights, device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
 
-    A sequence is encoded in windows of T tokens from position 1, which is what the encoders here
-    know; position 0 (BOS, an attention sink) has no feature. Weights stay in fp32; dtype is that
-    of what encode and decode return.
+    A sequence is encoded in windows of T tokens from position 1; position 0 (BOS, an attention
+    sink) has no feature. Weights stay in fp32; dtype is that of what encode and decode return.
     """
 
     def __init__(self, sae, acts):
@@ -134,12 +130,8 @@ class ForSAEBench(torch.nn.Module):
     W_dec = property(lambda self: self.sae.W_dec.detach().to(self.dtype))
     b_enc = property(lambda self: self.sae.b_enc.detach().to(self.dtype) * self.scale)
     b_dec = property(lambda self: self.sae.b_dec.detach().to(self.dtype) * self.scale)
-
-    @property
-    def W_enc(self):
-        """(D, F); of an encoder that reads K copies of the stream side by side, their sum."""
-        W = self.sae.W_enc.detach()
-        return W.unflatten(0, (-1, self.cfg.d_in)).sum(0).to(self.dtype)
+    W_enc = property(lambda self: self.sae.W_enc.detach().unflatten(0, (-1, self.cfg.d_in)).sum(0)
+                     .to(self.dtype))       # an encoder may read K copies side by side: their sum
 
 
 def run_core(saes, acts, out, kept):
@@ -184,8 +176,8 @@ SUITES = {"core": run_core, "sparse_probing": run_sparse_probing, "unlearning": 
 
 
 def run_suite(suite, sae, acts, folder):
-    """SAEBench's own `suite` on this SAE -> its metrics, a dict; {"skipped": [...]} where its data
-    or language model cannot be had. UserError where sae-bench is not installed."""
+    """SAEBench's own `suite` on this SAE -> its metrics; {"skipped": [...]} where its data or
+    language model cannot be had."""
     if acts.lm is None:
         return {"skipped": [f"SAEBench's {suite} needs a language model; synthetic data has none"]}
     try:

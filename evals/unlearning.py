@@ -95,11 +95,10 @@ def unlearn_pair(sae, acts, forget, retain):
     rows = []
     for method, plan in plans.items():
         tried = sweep(sae, lm, resume, plan, typical, forget["score"], retain["score"], plain)
-
-        def left(windows):                                 # shares of both accuracies, by setting
-            return [tuple(accuracy(table[windows]) / max(accuracy(before[windows]), 1e-9)
-                          for table, before in zip(tables, plain)) for _, *tables in tried]
-        every, even, odd = left(slice(None)), left(slice(0, None, 2)), left(slice(1, None, 2))
+        every, even, odd = (                               # shares of both accuracies, by setting
+            [tuple(accuracy(table[windows]) / max(accuracy(before[windows]), 1e-9)
+                   for table, before in zip(tables, plain)) for _, *tables in tried]
+            for windows in (slice(None), slice(0, None, 2), slice(1, None, 2)))
         score, best = best_setting(every)
         halves = (best_setting(even)[1], odd), (best_setting(odd)[1], even)
         crossed = [(1.0, 1.0) if i is None else there[i] for i, there in halves]
@@ -129,8 +128,8 @@ def activity(sae, tokens, h, mask):
 
 def select_features(forget, retain, threshold, n):
     """Of the features on at less than `threshold` of the retain tokens, the n on most often at
-    forget tokens; never one that is on at none. (F,), (F,) -> list of int. Both are rounded to 6
-    decimals first, as in SAEBench's text files: 2 of 2001 tokens is not below 0.001."""
+    forget tokens; never one on at none. (F,), (F,) -> list of int. Both are rounded to 6 decimals
+    first, as in SAEBench's text files: 2 of 2001 tokens is not below 0.001."""
     forget, retain = (share.double().round(decimals=6) for share in (forget, retain))
     forget = forget * (retain < threshold)
     return forget.argsort(descending=True, stable=True)[:min(n, forget.count_nonzero())].tolist()
