@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from tests.helpers import (HERE, SCRIPTS, TINY, LinearSAE, config, folder, log, refused,
                            refused_with, relative, replaced, run, same_files, saved_lm, skip, tiny,
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import evals
+import hierarchical_sae
 import tsae
 from data import models, texts
 from evals import core
@@ -163,6 +165,29 @@ def test_topk_fast_equals_plain_in_values_and_gradients():
         assert relative(again, x_hat) < 1e-5, "the active features must be looked for"
         assert all(relative(ours, want) < 0.05 for ours, want in zip(rough, right)), always
     assert common.gather_pays(h, 40, 5) and not common.gather_pays(h, 40, 6)
+
+
+def test_no_tensor_is_made_on_the_wrong_device():
+    """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
+    meta, AdamW, x = torch.device("meta"), torch.optim.AdamW, torch.randn(4, 32, 16, device="meta")
+    loop = mock.Mock(total=2, steps=lambda: range(2), log_due=lambda step: False)
+    acts = mock.Mock(D=16, steps=2, scale=1.0, mean=x[0, 0], device=meta,
+                     batch=lambda step: (x, x[..., 0] > 0), autocast=contextlib.nullcontext)
+
+    def generator(seed, name, device="cpu"):               # the meta device has no generator
+        return None if torch.device(device) == meta else torch.Generator()
+
+    def plain_adamw(*args, **flags):                       # fused exists on real devices only
+        return AdamW(*args, **{**flags, "fused": False})
+    topk = dict(activation="topk", k=4)
+    with replaced(torch.optim, "AdamW", plain_adamw), mock.patch.multiple(
+            common, Run=lambda *_: loop, generator=generator, gather_pays=lambda *_: True):
+        for script, values in (("tsae", {}), ("tsae", topk), ("temporal_lens", {}), ("mtsae", topk),
+                               ("mtsae", dict(variant="unlearning")), *(
+                ("hierarchical_sae", dict(variant=v)) for v in hierarchical_sae.VARIANTS)):
+            SCRIPTS[script].train(config(SCRIPTS[script], **values), acts)
+            for call in loop.log.call_args_list:
+                assert all(v.device == meta and v.dim() == 0 for v in call.args[1].values()), script
 
 
 def stopping(action, at, layer=None):
