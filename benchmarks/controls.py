@@ -138,13 +138,10 @@ def numbers(folder):
 
 def values(record, paper):
     """{row: {metric: array (seeds,)}} of what is recorded of one paper"""
-    out = {}
-    for label, row in record.items():
-        of, _, name = label.removesuffix(" | layer 19").partition(": ")
-        if of == paper:
-            out[name] = {metric: np.array([by[seed] for seed in sorted(by)])
-                         for metric, by in row["values"].items()}
-    return out
+    parts = {label.removesuffix(" | layer 19"): row["values"] for label, row in record.items()}
+    return {label.removeprefix(f"{paper}: "): {
+        metric: np.array([by[seed] for seed in sorted(by)]) for metric, by in metrics.items()}
+        for label, metrics in parts.items() if label.startswith(f"{paper}: ")}
 
 
 def section(record):

@@ -87,12 +87,10 @@ SUITES = {
            for k in (64, 16, 256) for m in METHODS},
         **{f"{m}, shuffled, TopK 64": stage(m, 64, "--shuffle train")
            for m in METHODS if m != "standard"},
-        **{f"{m}, paper's ReLU": Row(script, flags, ALL) for m, script, flags in (
-            ("standard", "tsae", "--no-temporal"), ("TSAE", "tsae", ""),
-            ("MTSAE extraction", "mtsae", "--steps 2500"),
-            ("MTSAE unlearning", "mtsae", "--variant unlearning --steps 2500 --dtype auto"),
-            ("TemporalLens", "temporal_lens", "--data bundled"),
-            ("hierarchical", "hierarchical_sae", ""))}},
+        **{f"{m}, paper's ReLU": Row(METHODS[m][0], flags, ALL) for m, flags in (
+            ("standard", "--no-temporal"), ("TSAE", ""), ("MTSAE extraction", "--steps 2500"),
+            ("MTSAE unlearning", "--variant unlearning --steps 2500 --dtype auto"),
+            ("TemporalLens", "--data bundled"), ("hierarchical", ""))}},
     "settings": {     # what each setting of the common stage is worth alone
         **{f"{m}, clip {c}": stage(m, 64, f"--clip {c}", seeds=(42,))
            for m in METHODS for c in (0, 2)},
