@@ -65,7 +65,11 @@ METHODS = {      # name in the comparison: (script, flags that make the method)
         ("tsae", "--layer_norm off --variance_weights off --temporal_scale 0.5"),
     "MTSAE extraction": ("mtsae", ""),
     "MTSAE unlearning": ("mtsae", "--variant unlearning --schedule constant --dtype auto"),
-    "TemporalLens": ("temporal_lens", ""), "hierarchical": ("hierarchical_sae", "")}
+    "TemporalLens": ("temporal_lens", ""), "hierarchical": ("hierarchical_sae", ""),
+    **{name: ("benchmarks.published", f"--method {method}") for name, method in (
+        ("T-SAE", "tsae"), ("Matryoshka", "matryoshka"), ("TFA", "tfa"), ("pooled", "pooled"),
+        ("random decoder", "random"))}}
+ONE_TOKEN = ("standard", "Matryoshka", "random decoder")   # no use of the order of tokens
 # One text, optimiser, schedule and clipping for every method: a safeguard would be worth more than
 # a paper's idea (clipping alone 0.009 EV). Suite "settings" shows what each is worth.
 SAME = ("--data bundled --steps 2500 --batch_size 4 --lr 3e-4 --lr_warmup 500 --weight_decay 0 "
@@ -86,7 +90,7 @@ SUITES = {
         **{f"{m}, TopK {k}": stage(m, k, elsewhere=(5, 12) if k == 64 else ())
            for k in (64, 16, 256) for m in METHODS},
         **{f"{m}, shuffled, TopK 64": stage(m, 64, "--shuffle train")
-           for m in METHODS if m != "standard"},
+           for m in METHODS if m not in ONE_TOKEN},
         **{f"{m}, paper's ReLU": Row(METHODS[m][0], flags, ALL) for m, flags in (
             ("standard", "--no-temporal"), ("TSAE", ""), ("MTSAE extraction", "--steps 2500"),
             ("MTSAE unlearning", "--variant unlearning --steps 2500 --dtype auto"),
@@ -261,7 +265,7 @@ def draw(table, path):
     figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
     for axis, title in zip(axes, ("EV", "CE score")):
         for number, name in enumerate(METHODS):
-            line, color = [], f"C{number}"
+            line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
             for label, row in table.items():
                 found = re.fullmatch(rf"{name}(, shuffled)?, TopK \d+ \| layer 19", label)
                 if found and COLUMNS[title] in row["values"]:
@@ -269,7 +273,7 @@ def draw(table, path):
                     axis.plot(x, y, "o", color=color, markerfacecolor="none" if found[1] else color)
                     line += [] if found[1] else [(statistics.fmean(x), statistics.fmean(y))]
             if line:
-                axis.plot(*zip(*sorted(line)), label=name, color=color)
+                axis.plot(*zip(*sorted(line)), dashes, label=name, color=color)
         axis.set(xscale="log", xlabel="L0 (active features a token)", ylabel=title,
                  title="a dot a seed; hollow: trained on shuffled tokens")
         axis.set_xticks([16, 64, 256], [16, 64, 256])
