@@ -221,7 +221,7 @@ class MTSAE(nn.Module):
         #   output from the temporal processing stage" / here in that order / --batch_norm average
         if self.cfg.batch_norm == "branch":
             h = [norm(h_i, mask) for norm, h_i in zip(self.bn, h)]
-        h = sum(h) / len(h)                                               # (B, T, D)
+        h = sum(h[1:], h[0]) / len(h)                                     # (B, T, D)
         return self.bn(h, mask) if self.cfg.batch_norm == "average" else h
 
     def branches(self, x, mask=None):
@@ -263,13 +263,13 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     def forward(self, h, mask=None):
         if self.training:
             m = torch.ones_like(h[..., :1]) if mask is None else mask[..., None].float()
-            n = common.total(m.sum())                                     # the same in each process
-            mean = common.total_with_gradient((h * m).sum((0, 1))) / n.clamp(min=1)
-            h = (h - mean) * m   # before the variance: E[h^2] - mean^2 would cancel; unscored: 0
-            var = common.total_with_gradient(h.square().sum((0, 1))) / n.clamp(min=1)
+            n = common.total(m.sum())                                     # of all processes
+            m = m / n.clamp(min=1)                                        # weights of a mean
+            mean = common.total_with_gradient((h * m).sum((0, 1)))
+            h = h - mean   # before the variance: E[h^2] - mean^2 would cancel
+            var = common.total_with_gradient((h.square() * m).sum((0, 1)))
             with torch.no_grad():   # a plain mean of 10 batches, then moving by 0.1
-                self.num_batches_tracked.add_(n > 0)
-                rate = (n > 0) / self.num_batches_tracked.clamp(1, 10)
+                rate = (n > 0) / self.num_batches_tracked.add_(n > 0).clamp(1, 10)
                 self.running_mean.lerp_(mean, rate), self.running_var.lerp_(var, rate)
         else:
             h, var = h - self.running_mean, self.running_var
