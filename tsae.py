@@ -2,8 +2,8 @@
 
 Paper   "Time-Aware Sparse Autoencoders: Learning Temporally Consistent Features in Language
         Models", anonymous, under double-blind review (letter C in this project).
-Run     python tsae.py --layer 19                the paper's TSAE: 60 to 75 s of training, 2 cores
-        python tsae.py --layer 19 --no-temporal  the standard SAE, everybody's control: 45 to 57 s
+Run     python tsae.py --layer 19                the paper's TSAE
+        python tsae.py --layer 19 --no-temporal  the standard SAE, everybody's control
         python tsae.py --layer 19 --activation topk --k 32 [--no-temporal]
 
 The idea. A standard SAE codes every token on its own. Text changes slowly (topic, language,
