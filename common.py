@@ -15,8 +15,8 @@ a language model), data/planted.py (--model synthetic), evals/ (evaluations and 
 import os
 
 # OpenMP's threads sleep while they wait, where something else runs at the start: beside a busy loop
-# on two cores a step took 2.6 to 11 times as long with spinning threads, 1.8 times with sleeping
-# ones; alone 1, and 1 to 1.8. Read when torch is loaded, so it is set before.
+# on two cores a step took 2.0 to 2.6 times as long with spinning threads, 1.6 to 1.8 times with
+# sleeping ones; alone 1 and 1.1 (results/busy.json). Read when torch is loaded: set before.
 running = lambda: open("/proc/loadavg").read().split()[3].split("/")[0]        # of all, right now
 if not os.path.exists("/proc/loadavg") or all(running() != "1" for _ in range(500)):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -396,7 +396,7 @@ def check_memory(cfg, acts):
 
 def fast_process(device):
     """Settings of the whole process. On a GPU TF32 for fp32 products; on a CPU (Linux) the C
-    library keeps freed memory (else the pages of each block above 32 MB are cleared anew, a third
+    library keeps freed memory (else the pages of each block above 32 MB are cleared anew, 0.4
     of a bf16 step at F = 16 D: results/peers.json), and fp32 products are oneDNN's (on AMD 1.2 to 2
     times MKL's speed) where they keep fp32's precision: with matrix units they would round to bf16.
     """

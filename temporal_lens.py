@@ -2,7 +2,7 @@
 
 Paper   "TemporalLens: Position-Aware Sparse Autoencoders for Interpreting Sequential Neural
         Representations", anonymous, under double-blind review (letter E in this project).
-Run     python temporal_lens.py --layer 5,12,19               three SAEs: 4.5 min in all on 2 cores
+Run     python temporal_lens.py --layer 5,12,19               three SAEs, as in the paper
         python temporal_lens.py --no-masks --uniform_weights  nothing depends on the position
         python temporal_lens.py --model synthetic --plant windows --l1 1 --alpha_lr 3e-2
                                                               masks that have something to find

@@ -268,7 +268,7 @@ def variance_weights(f, mask, cfg):
     """Feature weights of Eq. 3 in each window: code (B, T, F), mask (B, T) -> (B, 1, F)."""
     if cfg.variance_weights == "off":
         return torch.ones_like(f[:, :1])
-    # Eq. 3 (Sec. 4.1): λ_i = σ_i²/Σ_j σ_j² · λ_base, here the fraction; λ_base: λ_s in lag_weights
+    # Eq. 3 (Sec. 4.1): λ_i = σ_i²/Σ_j σ_j² λ_base, here the fraction; λ_base is in lag_weights
     # open C.variance: of which code / here as encoded / mixed with the buffers it has 0.56 of this
     #   variance, and of features at 0.0135 the threshold would exclude 89 instead of 5 %
     variance = window_mean((f - window_mean(f, mask)).square(), mask)

@@ -44,7 +44,8 @@ def evaluate(sae, acts, folder=None):
 @torch.no_grad()
 def metrics(batches, W_dec=None, W_enc=None):
     """SAEBench's values from batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)), as a dict;
-    with the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature."""
+    with the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature.
+    UserError where no token is scored."""
     tokens, ratios, active = [], [], 0                     # of all tokens, of all batches, (F,)
     for x, x_hat, f, mask in batches:
         x, x_hat, f = x[mask].double(), x_hat[mask].double(), f[mask]     # (n, D), (n, D), (n, F)
@@ -177,7 +178,7 @@ SUITES = {"core": run_core, "sparse_probing": run_sparse_probing, "unlearning": 
 
 def run_suite(suite, sae, acts, folder):
     """SAEBench's own `suite` on this SAE -> its metrics; {"skipped": [...]} where its data or
-    language model cannot be had."""
+    language model cannot be had. UserError without sae-bench."""
     if acts.lm is None:
         return {"skipped": [f"SAEBench's {suite} needs a language model; synthetic data has none"]}
     try:

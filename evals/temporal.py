@@ -30,7 +30,8 @@ LAGS = (1, 2, 4, 8, 16, 32, 64)
 
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
-    """The metrics above, as a dict; NaN at a lag at which no two scored tokens lie apart."""
+    """The metrics above, as a dict; NaN at a lag at which no two scored tokens lie apart.
+    UserError where no token is scored."""
     lags = [lag for lag in LAGS if lag < acts.T]
     sums = defaultdict(int)
     for x, mask in acts.heldout():                                        # (B, T, D), (B, T)

@@ -44,7 +44,8 @@ HOPELESS = 0.98                     # below it no larger multiplier is tried; no
 
 
 def evaluate(sae, acts, folder=None):
-    """The scores above for each pair of PAIRS, and their means, as a dict."""
+    """The scores above for each pair of PAIRS, and their means, as a dict; {"skipped": [...]}
+    without a language model. UserError where the bundled text has too few windows of T tokens."""
     if acts.lm is None:
         return {"skipped": ["unlearning: synthetic data has no text"]}
     states, pairs = functools.cache(functools.partial(domain_states, acts)), {}
