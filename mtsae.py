@@ -3,7 +3,7 @@
 Paper   A: "MTSAE: Multi-Scale Temporal Feature Extraction for Interpretable Language Model
         Modification"; D: "Temporal Feature Disentanglement: Multi-Scale Sparse Autoencoders for
         Selective Model Unlearning"; both anonymous, under double-blind review.
-Run     python mtsae.py --layer 19                  paper A, Run 3: 45 s of training on 2 cores
+Run     python mtsae.py --layer 19                  paper A, Run 3: 61 s of training on 2 cores
         python mtsae.py --layer 19 --rates 1,2,4    paper A, Run 2; for Run 1 see A.run1
         python mtsae.py --variant unlearning --eval core,unlearning    paper D
         python mtsae.py --variant unlearning --tokens 10000 --steps 0 --batch_size 16    as reported
