@@ -191,10 +191,11 @@ def draw(record):
 def main(argv=None):
     args = experiments.arguments(__doc__).parse_args(argv)
     table = {label: row for paper, c in CONTROLS.items() for label, row in c.table(paper).items()}
-    if not experiments.prepare(args, table):
+    old = experiments.recorded("controls")
+    if not experiments.prepare(args, table, old):
         return
     metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
-    record = experiments.collect(table, experiments.recorded("controls"), sorted(metrics), numbers)
+    record = experiments.collect(table, old, sorted(metrics), numbers)
     common.write_json(experiments.RESULTS / "controls.json", record)
     experiments.fill("controls", lambda match: section(record))
     draw(record)

@@ -6,11 +6,11 @@
     python benchmarks/experiments.py tables               write the tables of README.md and docs/
 
 The runs of single papers, their ablations and readings are those of benchmarks/claims.py. A run
-lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whoever asked for it. A finished run is not
-repeated, an evaluation that it lacks is added, an interrupted run goes on. Every run is a process
-of one thread, as many at a time as there are cores. Flags are the whole difference to the scripts'
-laptop preset. results/<suite>.json holds the metrics of COLUMNS and, by seed, command, commit,
-versions and machine.
+lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whoever asked for it. A run that is finished
+there, or recorded in results/<suite>.json, is not repeated (--again: the recorded ones are); an
+evaluation that it lacks is added, an interrupted run goes on. Every run is a process of one thread,
+as many at a time as there are cores. Flags are the whole difference to the scripts' laptop preset.
+results/<suite>.json holds the metrics of COLUMNS and, by seed, command, commit, versions, machine.
 """
 import argparse
 import concurrent.futures
@@ -138,11 +138,10 @@ def one(row, job, more=""):
     return good
 
 
-def run(table, more="", workers=0):
-    """Everything that these Rows lack, the first seed of each first."""
+def run(pairs, more="", workers=0):
+    """What these (Row, job) lack, the first seed of each Row first."""
     jobs = {}                      # by folder: rows that share a run share its evaluations
-    for row, job in sorted(((row, job) for row in table for job in row.jobs()),
-                           key=lambda pair: pair[0].jobs().index(pair[1])):
+    for row, job in sorted(pairs, key=lambda pair: pair[0].jobs().index(pair[1])):
         before = jobs[row.folder(*job)][0].evals.split(",") if row.folder(*job) in jobs else []
         names = ",".join(dict.fromkeys([*before, *row.evals.split(",")]))
         jobs[row.folder(*job)] = dataclasses.replace(row, evals=names), job
@@ -289,21 +288,28 @@ def arguments(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing: collect and write")
     parser.add_argument("--list", action="store_true", help="the commands, and what is done")
+    parser.add_argument("--again", action="store_true", help="repeat recorded runs, too")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time (0: one a core)")
     parser.add_argument("--more", default="",
                         help="flags for every run that change no result, such as '--cache DIR'")
     return parser
 
 
-def prepare(args, table):
-    """Run what {label: Row} lacks, or with --list only print it -> whether to collect and write."""
-    for label, row in table.items() if args.list else ():
+def prepare(args, table, old):
+    """Run what {label: Row} and the recorded rows `old` lack, or with --list only print it ->
+    whether to collect and write."""
+    pairs = []
+    for label, row in table.items():
         for layer, seed in row.jobs():
-            seconds = numbers(row.folder(layer, seed)).get("train_seconds")
-            state = "not run" if seconds is None else f"{seconds:.0f} s"
-            print(f"{state:>8}  {label}: {row.command(layer)} --seed {seed}")
+            entry, command = old.get(f"{label} | layer {layer}", {}), row.command(layer)
+            there = entry.get("command") == command and str(seed) in entry["seeds"]
+            pairs += [] if there and not args.again else [(row, (layer, seed))]
+            if args.list:
+                state = ("recorded" if there else
+                         "finished" if numbers(row.folder(layer, seed)) else "not run")
+                print(f"{state:>8}  {label}: {command} --seed {seed}")
     if not args.list and not args.table:
-        run(list(table.values()), args.more, args.workers)
+        run(pairs, args.more, args.workers)
     return not args.list
 
 
@@ -320,9 +326,10 @@ def main(argv=None):
     seeds = tuple(map(int, filter(None, args.seeds.split(","))))
     chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
               for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
-    if not prepare(args, chosen):
+    old = recorded(args.suite)
+    if not prepare(args, chosen, old):
         return
-    table = collect(SUITES[args.suite], recorded(args.suite), COLUMNS.values())
+    table = collect(SUITES[args.suite], old, COLUMNS.values())
     if table:
         common.write_json(RESULTS / f"{args.suite}.json", table)
         print(show(table))

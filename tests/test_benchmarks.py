@@ -43,19 +43,25 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
     Row, key = experiments.Row, "plain | layer 0"
     one, more = (Row("tsae", f"--no-temporal {flags}", evals, seeds=(1, 2), layers=(0,))
                  for evals in ("core", "core,temporal"))
+    args, runs = experiments.arguments("").parse_args(["--workers", "1"]), []
     with folder() as here, replaced(experiments, "RUNS", here / "runs"), silent(), \
             replaced(experiments.subprocess, "run", in_process):
-        experiments.run([one], workers=1)
+        experiments.prepare(args, {"plain": one}, {})
         out = one.folder(0, 1)
         weights = (out / "sae_weights.safetensors").read_bytes()
         assert experiments.lacks(out, "core,temporal") == ["temporal"]
-        experiments.run([more], workers=1)
+        experiments.prepare(args, {"plain": more}, {})
         assert not experiments.lacks(out, "core,temporal")
         assert (out / "sae_weights.safetensors").read_bytes() == weights, "trained again"
         table = experiments.collect({"plain": more}, {}, ["core.EV"])
         values = table[key]["values"]["core.EV"]
         assert set(values) == {"1", "2"} and values["1"] != values["2"]
         shutil.rmtree(out)                                 # recorded on another machine
+        with replaced(experiments, "run", lambda pairs, *_: runs.append(pairs)):
+            for flags in [], ["--again"]:
+                experiments.prepare(experiments.arguments("").parse_args(flags),
+                                    {"plain": more}, table)
+        assert [len(pairs) for pairs in runs] == [0, 2], "recorded runs, unless --again"
         again = experiments.collect({"plain": more}, table, ["core.EV"])
         assert again[key]["values"]["core.EV"] == values
 
