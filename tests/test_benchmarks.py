@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-import sys
 import types
 
 from tests.helpers import HERE, SCRIPTS, TINY, folder, replaced, run
@@ -33,18 +32,15 @@ def test_every_recorded_command_is_one_that_its_script_takes():
 
 
 def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
-    def in_process(command, real=experiments.subprocess.run, **more):
-        """A command of experiments.py, without a process of its own."""
-        if command[0] != sys.executable:
-            return real(command, **more)
-        module, flags = importlib.import_module(command[2]), command[3:]
-        return types.SimpleNamespace(returncode=run(module, *flags)[0])
+    def in_process(command, **_):
+        status, *_ = run(importlib.import_module(command[2]), *command[3:])
+        return types.SimpleNamespace(returncode=status)
     flags = " ".join(map(str, TINY)) + " --steps 4"
     Row, key = experiments.Row, "plain | layer 0"
     one, more = (Row("tsae", f"--no-temporal {flags}", evals, seeds=(1, 2), layers=(0,))
                  for evals in ("core", "core,temporal"))
     with folder() as here, replaced(experiments, "RUNS", here / "runs"), silent(), \
-            replaced(experiments.subprocess, "run", in_process):
+            replaced(experiments, "subprocess", types.SimpleNamespace(run=in_process, STDOUT=None)):
         experiments.run([one], workers=1)
         out = one.folder(0, 1)
         weights = (out / "sae_weights.safetensors").read_bytes()
