@@ -60,9 +60,8 @@ def test_core_and_splice_values_equal_saebench():
                 close(got[metric], value, (name, metric))
     weights = TENSORS["core.sae.W_dec"], TENSORS["core.sae.W_enc"]
     for name, scale, misc in (("core", 1, VALUES["core"]["misc"]), ("core_zero_sae", 0, {})):
-        parts = (TENSORS[f"core.{i}.{k}"] for i in range(3) for k in ("x", "x_hat", "f", "mask"))
-        batches = [(x, scale * x_hat, scale * f, mask.bool())
-                   for x, x_hat, f, mask in zip(*[parts] * 4)]
+        parts = ([TENSORS[f"core.{i}.{k}"] for k in ("x", "x_hat", "f", "mask")] for i in range(3))
+        batches = [(x, scale * x_hat, scale * f, mask.bool()) for x, x_hat, f, mask in parts]
         same(name, bench.metrics(batches, *weights), {**VALUES[name]["metrics"], **misc})
     for name, parts in (("recon", "012"), ("recon_specials_spliced", "0"),
                         ("recon_zero_sae", "0"), ("recon_underflow", "0")):
@@ -208,28 +207,20 @@ def test_selection_clamp_and_score_equal_saebench():
         close(unlearning.best_setting(runs)[0], case["score"], tolerance=1e-9)
 
 
-def two_languages():
-    """A model in which the next word follows from the last, in both -> acts, states of each, an SAE
-    whose feature 0 is on in one only."""
-    lm, eye = words_lm(layers=2), torch.eye(27, 32)
+def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
+    """In both languages the next word follows from the last; feature 0 is on in one of them."""
+    lm, eye, W = words_lm(layers=2), torch.eye(27, 32), torch.zeros(40, 32)
     with torch.no_grad():
         for p in lm.model.model.layers.parameters():       # blocks add nothing
             p.zero_()
         lm.model.model.embed_tokens.weight.copy_(eye)
-        following = eye[3:].view(2, 12, 32).roll(1, 1).flatten(0, 1)
-        lm.model.lm_head.weight.copy_(torch.cat([0 * eye[:3], following]))
-    acts = make_acts(lm, layer=0)
+        lm.model.lm_head.weight.zero_()[3:] = eye[3:].view(2, 12, 32).roll(1, 1).flatten(0, 1)
+    W[0, 3:15] = 1                                         # the words of "a"
+    sae, acts = LinearSAE(W.t().clone(), W), make_acts(lm, layer=0)
     rows = [{"split": split, "domain": letter, "text": walk(letter, 64, i)} for letter in "ab"
             for split, first in (("train", 100), ("heldout", 0)) for i in range(first, first + 12)]
     with data_folder(corpus=rows):
-        both = [unlearning.domain_states(acts, "corpus", letter) for letter in "ab"]
-    W = torch.zeros(40, 32)
-    W[0, 3:15] = 1                                         # the words of "a"
-    return acts, *both, LinearSAE(W.t().clone(), W)
-
-
-def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
-    acts, forget, retain, sae = two_languages()
+        forget, retain = (unlearning.domain_states(acts, "corpus", letter) for letter in "ab")
     out = unlearning.unlearn_pair(sae, acts, forget, retain)
     zero = unlearning.unlearn_pair(zero_sae(32, 40), acts, forget, retain)
     assert out["accuracy_forget"] > 0.9 and out["accuracy_retain"] > 0.9
@@ -261,21 +252,18 @@ def test_pooling_and_probes_equal_saebench():
         close(found, want["accuracy"])
 
 
-def probe_rows():
-    """A task of two labels that the words give away, one of three, and one about tokens."""
-    for i in range(40):
-        text, quote = walk("b", 3, i) + " ", walk("a", 4, i)
-        for task, text, more in (
-                ("letter", walk("ab"[i % 2], 3 + i % 7, i), {"label": "ab"[i % 2]}),
-                ("start", f"a{i % 3} " * 4 + walk("b", 1, i), {"label": str(i % 3)}),
-                ("inside", text + quote, {"spans": [[len(text), len(text + quote)]]})):
-            yield {"task": task, "text": text, "split": "train" if i % 5 else "test", **more}
-
-
 def test_probing_finds_the_words_and_a_zero_sae_scores_a_half():
-    W = F.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
+    """Words that give two labels away, or one of three; and tokens inside of a quotation."""
+    rows, W = [], F.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
+    for i in range(40):
+        text, quote, split = walk("b", 3, i) + " ", walk("a", 4, i), "train" if i % 5 else "test"
+        rows += [dict(task="letter", split=split, text=walk("ab"[i % 2], 3 + i % 7, i),
+                      label=str(i % 2)),
+                 dict(task="start", split=split, text=f"a{i % 3} " * 4 + "b1", label=str(i % 3)),
+                 dict(task="inside", split=split, text=text + quote,
+                      spans=[[len(text), len(text + quote)]])]
     acts, saes = make_acts(words_lm()), (LinearSAE(W.t(), W), zero_sae(32, 64))
-    with data_folder(probes=probe_rows()):
+    with data_folder(probes=rows):
         good, zero = (probing.evaluate(sae, acts) for sae in saes)
     assert {row["task"] for row in good["per_task"]} == {"letter", "start", "inside"}
     assert good["sae_all"] > 0.9 and good["residual_all"] > 0.9 and good["pca_top_5"] > 0.8, good
