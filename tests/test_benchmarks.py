@@ -59,8 +59,11 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
         assert experiments.collect({"plain": more}, table, ["core.EV"]) == table
 
 
-def test_claims_verdicts_follow_from_the_numbers():
-    """Of made-up values; how these are read: the recorded ones, below."""
+def test_claims_verdicts_and_page_follow_from_the_numbers():
+    """Of made-up values; and those in the tree from the recorded ones, byte for byte."""
+    data = json.loads((HERE / "results/claims.json").read_text())
+    assert data["claims"] == json.loads(json.dumps(claims.ledger(data["runs"])))["claims"]
+    assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
     assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
     for claim in claims.CLAIMS:
         inside, step = (claim.low, -1) if math.isfinite(claim.low) else (claim.high, 1)
@@ -75,14 +78,6 @@ def test_claims_verdicts_follow_from_the_numbers():
                                 low=0, high=2, untestable="")
     with replaced(claims, "values", lambda table, item, metric: [1.0 if item == "A" else 9.0] * 3):
         assert claims.judge(two, {})["verdict"] == "depends on the reading"
-
-
-def test_claims_pages_follow_from_the_recorded_numbers():
-    """Verdicts and page in the tree are what the recorded values give, byte for byte."""
-    data = json.loads((HERE / "results/claims.json").read_text())
-    again = json.loads(json.dumps(claims.ledger(data["runs"])))
-    assert data["claims"] == again["claims"]
-    assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
 
 
 def test_throughput_of_random_gemma_as_a_toy():
@@ -107,29 +102,15 @@ def test_peers_ours_runs_and_a_missing_package_is_a_row():
     assert all(row["ours/this"] > 0 and row["floor/step"] > 0 for row in ours)
 
 
-def sae_and_batch(method, B=3, T=7, D=6, **fields):
+def sae_and_batch(method):
     torch.manual_seed(0)
-    cfg = published.Config(method=method, expansion=2, k=3, T=T, **fields)
-    sae = published.PublishedSAE(D, cfg)
+    cfg = published.Config(method=method, expansion=2, k=3, T=7, high=0.5)
+    sae = published.PublishedSAE(6, cfg)
     for p in sae.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
-    mask = torch.rand(B, T) < 0.8
+    mask = torch.rand(3, 7) < 0.8
     mask[:, 2:4] = True
-    return sae, torch.randn(B, T, D), mask, cfg
-
-
-def test_published_contrast_equals_its_definition():
-    """Each pair against the tokens before the pairs of other sequences."""
-    torch.manual_seed(0)
-    z, mask, terms = torch.rand(3, 5, 4) - 0.3, torch.rand(3, 5) < 0.7, []
-    pairs = [(b, t) for b, t in itertools.product(range(3), range(1, 5))
-             if mask[b, t] and mask[b, t - 1]]
-    for b, t in pairs:                                         # its own first
-        against = [z[b, t - 1], *(z[c, s - 1] for c, s in pairs if c != b)]
-        cosine = F.cosine_similarity(z[b, t], torch.stack(against))
-        terms.append(cosine.logsumexp(0) - cosine[0])
-    assert len(pairs) > 3
-    assert abs(published.contrast(z, mask) - sum(terms) / len(pairs)) < 1e-5
+    return sae, torch.randn(3, 7, 6), mask, cfg
 
 
 def test_published_codes_equal_loops():
@@ -154,7 +135,9 @@ def test_published_codes_equal_loops():
     assert torch.allclose(sae(x, mask)[0], (f + predicted) @ sae.W_dec + sae.b_dec, atol=1e-5)
 
 
-def test_published_batch_topk_keeps_k_a_token_then_a_threshold():
+def test_published_tsae_equals_its_definition():
+    """BatchTopK, in training k a token, later a threshold; the high group alone; each pair against
+    the tokens before the pairs of other sequences."""
     sae, x, mask, cfg = sae_and_batch("tsae")
     f, pre = sae.encode(x, mask), F.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
     kept = pre[mask].flatten().sort(descending=True).values[:3 * mask.sum()]
@@ -163,10 +146,16 @@ def test_published_batch_topk_keeps_k_a_token_then_a_threshold():
     sae.eval()
     assert torch.equal(sae.encode(x), pre * (pre > sae.threshold))
     terms, _ = published.losses(sae, x, mask, mask.sum(), 0, cfg)
-    high = sae.encode(x)[..., :sae.n_high] @ sae.W_dec[:sae.n_high] + sae.b_dec
-    assert torch.allclose(terms["high"], (high - x)[mask].square().sum(-1).mean())
-    assert torch.allclose(terms["contrast"],
-                          0.6 * published.contrast(sae.encode(x)[..., :sae.n_high], mask))
+    z, entropy = sae.encode(x)[..., :6], []                    # of 12
+    error = (z @ sae.W_dec[:6] + sae.b_dec - x)[mask].square().sum(-1)
+    assert torch.allclose(terms["high"], error.mean())
+    every = itertools.product(range(3), range(1, 7))
+    pairs = [(b, t) for b, t in every if mask[b, t - 1] and mask[b, t]]
+    for b, t in pairs:                                         # its own first
+        before = [z[b, t - 1], *(z[c, s - 1] for c, s in pairs if c != b)]
+        cosine = F.cosine_similarity(z[b, t], torch.stack(before), dim=1)
+        entropy.append(cosine.logsumexp(0) - cosine[0])
+    assert torch.allclose(terms["contrast"], 0.6 * sum(entropy) / len(pairs))
 
 
 def test_published_methods_never_see_a_later_token_and_learn():

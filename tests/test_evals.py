@@ -104,7 +104,7 @@ def test_export_gives_the_same_code_or_is_refused():
     with folder() as here:
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
             sae = model("tsae", temporal=False, **values)
-            sae.scale.fill_(7.0)
+            sae.scale.fill_(7.0), sae.W_enc.data.mul_(2)       # not W_dec's transpose
             for fmt in export.FORMATS:
                 export.export(sae, acts, here / fmt, fmt)
             cfg = common.read_json(here / "saelens/cfg.json")

@@ -212,16 +212,13 @@ def test_hierarchical_attribution_is_the_gradient_at_the_code():
 def test_hierarchical_monitor_by_hand():
     """Sec. 5.2: plain means until their weight falls to 1 - 0.99, then the newest counts 1 %;
     Sec. 6.1 from them."""
-    x, mask = mixed(T=10, D=16)
-    sae = hs(variant="hierarchical")
-    means = []
-    for step, batch in ((0, x), (1, 2 * x), (1000, 3 * x)):
-        f, p, choice = (v.detach() for v in sae.code(batch, mask))
+    (x, mask), sae, want = mixed(T=10, D=16), hs(variant="hierarchical"), 0.0
+    for step, newest in ((0, 1.0), (1, 0.5), (1000, 0.01)):
+        f, p, choice = (v.detach() for v in sae.code((1 + step) * x, mask))
         hierarchical_sae.update_monitor(sae, f, p, choice, mask, mask.sum(), step, sae.cfg)
         f = f[mask]
-        means.append(torch.stack([f.mean(0), f.square().mean(0), (f > 0).float().mean(0)]))
-        want = sum(means[:2]) / len(means[:2])
-        want = want if step < 1000 else 0.99 * want + 0.01 * means[2]
+        mean = torch.stack([f.mean(0), f.square().mean(0), (f > 0).float().mean(0)])
+        want = (1 - newest) * want + newest * mean
         assert torch.allclose(sae.feature_ema, want, rtol=1e-4, atol=1e-6), step
     assert abs(sae.route_ema[0].sum() - 1) < 1e-5, "shares of the levels"
     levels, (mean, square, _) = hierarchical_sae.level_metrics(sae), sae.feature_ema

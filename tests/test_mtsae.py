@@ -5,16 +5,11 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import config, folder, log, tiny
+from tests.helpers import folder, log, model, tiny
 from tests.test_scripts import mixed
 from tests.test_tsae import follows, keep_largest, shaken, standard
 
 PAPERS = ("extraction", "unlearning")
-
-
-def counts(mask):
-    """Scored tokens and scored pairs of neighbours: what losses() divides by."""
-    return torch.stack([mask.sum(), (mask[:, 1:] & mask[:, :-1]).sum()])
 
 
 def cosine(a, b):
@@ -59,14 +54,13 @@ def temporal_stage(x, mask, p, cfg):
 
 def reference(p, x, mask, cfg):
     """Eq. A.2, A.6 or Eq. D.4: the weighted terms, averaged over scored tokens or pairs."""
-    (n, pairs), h = counts(mask), temporal_stage(x, mask, p, cfg)
+    n, both, h = mask.sum(), mask[:, 1:] & mask[:, :-1], temporal_stage(x, mask, p, cfg)
     pre = h @ p["W_enc"] + p["b_enc"]                          # Eq. A.4, D.3
     f = keep_largest(pre, cfg.k) if cfg.activation == "topk" else torch.relu(pre)
     terms = standard(p, x, f, mask, cfg)                       # Eq. A.5
     terms["recon"] = cfg.recon_weight * terms["recon"]
     if cfg.variant == "extraction" and cfg.coherence:
-        both = mask[:, 1:] & mask[:, :-1]
-        terms["coherence"] = -cfg.coherence * cosine(f[:, 1:], f[:, :-1])[both].sum() / pairs
+        terms["coherence"] = -cfg.coherence * cosine(f[:, 1:], f[:, :-1])[both].mean()
     if cfg.variant == "unlearning" and cfg.separation:
         z = h[mask].unflatten(-1, (-1, x.shape[-1])).unbind(1)
         apart = sum(cosine(a, b).clamp(min=0).sum() for a, b in itertools.permutations(z, 2))
@@ -89,10 +83,10 @@ def test_mtsae_losses_equal_the_equations():
     x, mask = mixed(seed=5)
     x = x.bfloat16().float()                                   # as the buffer keeps it
     for flags in CASES:
-        sae = shaken("mtsae", **flags)
+        sae, n = shaken("mtsae", **flags), torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])
 
         def compute(sae, x):
-            return mtsae.losses(sae, x, mask, counts(mask), 0, sae.cfg)
+            return mtsae.losses(sae, x, mask, n, 0, sae.cfg)
         follows(compute, lambda p: reference(p, x, mask, sae.cfg), sae, x, mask, flags)
         with torch.autocast("cpu", torch.bfloat16):
             terms, h = compute(sae, x.bfloat16())[0], sae.temporal(x.bfloat16(), mask)
@@ -130,8 +124,8 @@ def test_mtsae_kernels_start_as_declared():
     pytorch = 3 ** -0.5                                        # 1 / sqrt(kernel size)
     for variant, (init, limit), (padding, own) in itertools.product(
             PAPERS, (("identity", 0.1), ("pytorch", pytorch)), (("circular", 1), ("causal", 2))):
-        cfg = config(mtsae, variant=variant, conv_init=init, padding=padding)
-        w = mtsae.MTSAE(64, cfg).kernels.detach().clone()
+        sae = model("mtsae", 64, variant=variant, conv_init=init, padding=padding)
+        w = sae.kernels.detach().clone()
         w[:, own] -= float(init == "identity" and variant == "unlearning")
         assert abs(w.abs().max() - limit) < 0.01 and abs(w.mean()) < 0.1 * limit, init
 

@@ -126,22 +126,20 @@ def test_tsae_lags_do_not_cancel():
 
 def test_tsae_buffers_and_noise_stop_after_the_warm_up():
     """Sec. 4.2, 4.3; a position without a scored token keeps its state."""
-    cfg = config(tsae, T=20, warmup=10)
-    sae, gen = tsae.TSAE(8, cfg), torch.Generator().manual_seed(0)
-    f, before = torch.rand(2, 20, 8, generator=gen), sae.temporal_buffer.clone()
+    sae = model("tsae", 8, T=20, warmup=10)
+    f, before = torch.rand(2, 20, 16), sae.temporal_buffer.clone()
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1, 4], mask[:, 5] = False, False
     assert abs(before.std() - 0.1) < 0.02
-    sae.update_buffer(f, mask, 10)
-    assert torch.equal(sae.temporal_buffer, before)
-    sae.update_buffer(f, mask, 9)
     want = 0.75 * before + 0.25 * f.mean(0)
     want[4], want[5] = 0.75 * before[4] + 0.25 * f[0, 4], before[5]
-    assert torch.allclose(sae.temporal_buffer, want, atol=1e-6)
+    for step, state in ((10, before), (9, want)):
+        sae.update_buffer(f, mask, step)
+        assert torch.allclose(sae.temporal_buffer, state, atol=1e-6)
     for step, low, high in ((0, 0.02, 0.04), (5, 0.01, 0.02), (10, 0.0, 0.0)):
         for p in sae.parameters():
             p.grad = torch.full_like(p, 3.0)                   # of root mean square 3: noise 0.03
-        tsae.add_gradient_noise(sae, step, cfg)
+        tsae.add_gradient_noise(sae, step, sae.cfg)
         assert low <= (sae.W_enc.grad - 3).std() <= high, step
 
 
