@@ -1,20 +1,24 @@
-"""Benchmarks: runs made once and collected, verdicts that follow the numbers, timings of toys."""
+"""Benchmarks: runs made once and collected, verdicts that follow the numbers, timings of toys; the
+losses and codes of benchmarks/published.py against loops."""
 import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import shutil
-import sys
 import types
+from unittest import mock
 
-from tests.helpers import HERE, SCRIPTS, TINY, folder, replaced, run
+from tests.helpers import HERE, SCRIPTS, TINY, folder, replaced, run, tiny
+from tests.test_tsae import keep_largest
 
 import common
+import torch
+import torch.nn.functional as F
 
-from benchmarks import claims, controls, experiments, peers, throughput
-
+from benchmarks import claims, controls, experiments, peers, published, throughput
 
 silent = functools.partial(contextlib.redirect_stdout, io.StringIO())
 
@@ -33,19 +37,15 @@ def test_every_recorded_command_is_one_that_its_script_takes():
 
 
 def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
-    def in_process(command, real=experiments.subprocess.run, **more):
-        """A command of experiments.py, without a process of its own."""
-        if command[0] != sys.executable:
-            return real(command, **more)
-        module, flags = importlib.import_module(command[2]), command[3:]
-        return types.SimpleNamespace(returncode=run(module, *flags)[0])
-    flags = " ".join(map(str, TINY)) + " --steps 4"
-    Row, key = experiments.Row, "plain | layer 0"
-    one, more = (Row("tsae", f"--no-temporal {flags}", evals, seeds=(1, 2), layers=(0,))
+    def in_process(command, **_):
+        status, *_ = run(importlib.import_module(command[2]), *command[3:])
+        return types.SimpleNamespace(returncode=status)
+    flags = " ".join(map(str, ("--no-temporal", *TINY, "--steps", 4)))
+    one, more = (experiments.Row("tsae", flags, evals, seeds=(1, 2), layers=(0,))
                  for evals in ("core", "core,temporal"))
     args, runs = experiments.arguments("").parse_args(["--workers", "1"]), []
     with folder() as here, replaced(experiments, "RUNS", here / "runs"), silent(), \
-            replaced(experiments.subprocess, "run", in_process):
+            replaced(experiments, "subprocess", types.SimpleNamespace(run=in_process, STDOUT=None)):
         experiments.prepare(args, {"plain": one}, {})
         out = one.folder(0, 1)
         weights = (out / "sae_weights.safetensors").read_bytes()
@@ -54,7 +54,7 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
         assert not experiments.lacks(out, "core,temporal")
         assert (out / "sae_weights.safetensors").read_bytes() == weights, "trained again"
         table = experiments.collect({"plain": more}, {}, ["core.EV"])
-        values = table[key]["values"]["core.EV"]
+        values = table["plain | layer 0"]["values"]["core.EV"]
         assert set(values) == {"1", "2"} and values["1"] != values["2"]
         shutil.rmtree(out)                                 # recorded on another machine
         with replaced(experiments, "run", lambda pairs, *_: runs.append(pairs)):
@@ -62,12 +62,14 @@ def test_experiments_run_once_add_evaluations_and_keep_other_seeds():
                 experiments.prepare(experiments.arguments("").parse_args(flags),
                                     {"plain": more}, table)
         assert [len(pairs) for pairs in runs] == [0, 2], "recorded runs, unless --again"
-        again = experiments.collect({"plain": more}, table, ["core.EV"])
-        assert again[key]["values"]["core.EV"] == values
+        assert experiments.collect({"plain": more}, table, ["core.EV"]) == table
 
 
-def test_claims_verdicts_follow_from_the_numbers():
-    """Of made-up values; how these are read: the recorded ones, below."""
+def test_claims_verdicts_and_page_follow_from_the_numbers():
+    """Of made-up values; and those in the tree from the recorded ones, byte for byte."""
+    data = json.loads((HERE / "results/claims.json").read_text())
+    assert data["claims"] == json.loads(json.dumps(claims.ledger(data["runs"])))["claims"]
+    assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
     assert len(claims.CLAIMS) >= 50 and {c.id[0] for c in claims.CLAIMS} == set("ABCDE")
     for claim in claims.CLAIMS:
         inside, step = (claim.low, -1) if math.isfinite(claim.low) else (claim.high, 1)
@@ -84,23 +86,13 @@ def test_claims_verdicts_follow_from_the_numbers():
         assert claims.judge(two, {})["verdict"] == "depends on the reading"
 
 
-def test_claims_pages_follow_from_the_recorded_numbers():
-    """Verdicts and page in the tree are what the recorded values give, byte for byte."""
-    data = json.loads((HERE / "results/claims.json").read_text())
-    again = json.loads(json.dumps(claims.ledger(data["runs"])))
-    assert data["claims"] == again["claims"]
-    assert claims.markdown(data) == (HERE / "results/claims.md").read_text()
-
-
 def test_throughput_of_random_gemma_as_a_toy():
-    asked = set()
-
-    def command(script, model, out, layer, more, processes=1, kill=False):
-        asked.add((script, processes, kill, any("--resume" in flag for flag in more)))
-        return {"status": 0}
+    command = mock.Mock(return_value={"status": 0})
     with folder() as here, replaced(throughput, "command", command), silent():
         throughput.main(["--random_gemma", "--toy", "--cases", "standard, ReLU", "--out", "."])
         table = common.read_json(here / "gpu.json")
+    asked = {(call.args[0], str(call.kwargs), any("--resume" in flag for flag in call.args[4]))
+             for call in command.call_args_list}
     assert len(asked) == 4 * len(SCRIPTS), "run, two processes, killed, resumed"
     assert len(table["rows"]) == 4 and table["lm_tokens/s"] > 0
     assert all(row.get("tokens/s", 0) > 0 for row in table["rows"] if not row["compile"])
@@ -114,3 +106,72 @@ def test_peers_ours_runs_and_a_missing_package_is_a_row():
     ours = [row for row in rows if row["library"] != "other"]
     assert {"library": "other", "reason": "not installed"} in rows and len(ours) == 4
     assert all(row["ours/this"] > 0 and row["floor/step"] > 0 for row in ours)
+
+
+def sae_and_batch(method):
+    torch.manual_seed(0)
+    cfg = published.Config(method=method, expansion=2, k=3, T=7, high=0.5)
+    sae = published.PublishedSAE(6, cfg)
+    for p in sae.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    mask = torch.rand(3, 7) < 0.8
+    mask[:, 2:4] = True
+    return sae, torch.randn(3, 7, 6), mask, cfg
+
+
+def test_published_codes_equal_loops():
+    sae, x, mask, cfg = sae_and_batch("pooled")
+    f, pre = sae.encode(x, mask), F.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    for b, t in itertools.product(range(3), range(7)):
+        last = [pre[b, s] for s in range(max(0, t - cfg.window + 1), t + 1) if mask[b, s]]
+        mean = sum(last) / max(1, len(last)) + torch.zeros(12)
+        assert torch.allclose(f[b, t], keep_largest(mean, 3), atol=1e-6)
+
+    sae, x, mask, cfg = sae_and_batch("tfa")
+    h, (f, predicted) = x - sae.b_dec, sae.codes(x, mask)
+    for b, t in itertools.product(range(3), range(7)):
+        past, mixed = h[b, :t][mask[b, :t]], torch.zeros(6)    # (n, D)
+        if len(past):
+            scores = past @ sae.W_k @ (h[b, t] @ sae.W_q)
+            mixed = (scores / 6 ** 0.5).softmax(0) @ past @ sae.W_v
+        guess = F.relu(mixed @ sae.W_enc + sae.b_pred)
+        novel = keep_largest((h[b, t] - guess @ sae.W_dec) @ sae.W_enc + sae.b_enc, 3)
+        assert torch.allclose(predicted[b, t], guess, atol=1e-5)
+        assert torch.allclose(f[b, t], novel, atol=1e-5)
+    assert torch.allclose(sae(x, mask)[0], (f + predicted) @ sae.W_dec + sae.b_dec, atol=1e-5)
+
+
+def test_published_tsae_equals_its_definition():
+    """BatchTopK, in training k a token, later a threshold; the high group alone; each pair against
+    the tokens before the pairs of other sequences."""
+    sae, x, mask, cfg = sae_and_batch("tsae")
+    f, pre = sae.encode(x, mask), F.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    kept = pre[mask].flatten().sort(descending=True).values[:3 * mask.sum()]
+    assert (f[mask] > 0).sum() == 3 * mask.sum() and sae.threshold == kept[-1]
+    assert torch.equal(f[mask], torch.where(pre[mask] >= kept[-1], pre[mask], 0.0))
+    sae.eval()
+    assert torch.equal(sae.encode(x), pre * (pre > sae.threshold))
+    terms, _ = published.losses(sae, x, mask, mask.sum(), 0, cfg)
+    z, entropy = sae.encode(x)[..., :6], []                    # of 12
+    error = (z @ sae.W_dec[:6] + sae.b_dec - x)[mask].square().sum(-1)
+    assert torch.allclose(terms["high"], error.mean())
+    every = itertools.product(range(3), range(1, 7))
+    pairs = [(b, t) for b, t in every if mask[b, t - 1] and mask[b, t]]
+    for b, t in pairs:                                         # its own first
+        before = [z[b, t - 1], *(z[c, s - 1] for c, s in pairs if c != b)]
+        cosine = F.cosine_similarity(z[b, t], torch.stack(before), dim=1)
+        entropy.append(cosine.logsumexp(0) - cosine[0])
+    assert torch.allclose(terms["contrast"], 0.6 * sum(entropy) / len(pairs))
+
+
+def test_published_methods_never_see_a_later_token_and_learn():
+    for method in ("tsae", "matryoshka", "tfa", "pooled", "random"):
+        sae, x, mask, _ = sae_and_batch(method)
+        sae.eval()
+        later = x.clone()
+        later[:, 4:] = torch.randn(3, 3, 6)
+        assert torch.equal(sae.encode(x, mask)[:, :4], sae.encode(later, mask)[:, :4]), method
+        with folder():
+            found = tiny(published, "run", 60, "--method", method, "--k", 4, "--eval", "core")
+        core, least = found["core"], 0.1 if method == "random" else 0.3
+        assert core["EV"] > least and 2 < core["L0"] < 8, (method, core)

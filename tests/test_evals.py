@@ -1,7 +1,6 @@
 """The evaluations: metrics against their definitions and SAEBench's numbers, pages, exports."""
 import collections
 import html
-import importlib
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ import types
 from tests.helpers import (SCRIPTS, WORDS, Heldout, LinearSAE, close, data, data_folder, folder,
                            make_acts, model, refused_with, relative, run, saebench, skip,
                            tiny, walk, words_lm, zero_sae)
+from tests.test_tsae import keep_largest
 
 import common
 import numpy as np
@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 
 import evals
-import tsae
-from data import texts
 from evals import (core, export, features, figures, positions, probing, saebench as bench, steer,
-                   temporal, unlearning)
+                   temporal, unlearning, zero)
+
+TENSORS, VALUES = saebench()
 
 
-def fixture_sae(tensors, prefix):
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    return LinearSAE(*(tensors[f"{prefix}.{name}"] for name in names))
+def fixture_sae(name):
+    weights = ("W_enc", "W_dec", "b_enc", "b_dec")
+    return LinearSAE(*(TENSORS[f"{name}.{part}"] for part in weights))
 
 
 def test_core_metrics_equal_their_definitions_whatever_the_batches():
@@ -52,30 +52,26 @@ def test_core_metrics_equal_their_definitions_whatever_the_batches():
 
 
 def test_core_and_splice_values_equal_saebench():
-    tensors, values = saebench()
-
     def same(name, got, want):
         for metric, value in want.items():
             if value == "nan":             # of splices: only SAEBench's log(softmax) underflows
                 assert math.isnan(got[metric]) == name.startswith("core"), (name, metric)
             else:
                 close(got[metric], value, (name, metric))
-    weights = tensors["core.sae.W_dec"], tensors["core.sae.W_enc"]
-    for name, scale, misc in (("core", 1, values["core"]["misc"]), ("core_zero_sae", 0, {})):
-        batches = []
-        for i in range(3):
-            x, x_hat, f, mask = (tensors[f"core.{i}.{k}"] for k in ("x", "x_hat", "f", "mask"))
-            batches.append((x, scale * x_hat, scale * f, mask.bool()))
-        same(name, bench.metrics(batches, *weights), {**values[name]["metrics"], **misc})
+    weights = TENSORS["core.sae.W_dec"], TENSORS["core.sae.W_enc"]
+    for name, scale, misc in (("core", 1, VALUES["core"]["misc"]), ("core_zero_sae", 0, {})):
+        parts = ([TENSORS[f"core.{i}.{k}"] for k in ("x", "x_hat", "f", "mask")] for i in range(3))
+        batches = [(x, scale * x_hat, scale * f, mask.bool()) for x, x_hat, f, mask in parts]
+        same(name, bench.metrics(batches, *weights), {**VALUES[name]["metrics"], **misc})
     for name, parts in (("recon", "012"), ("recon_specials_spliced", "0"),
                         ("recon_zero_sae", "0"), ("recon_underflow", "0")):
         sums = collections.Counter()
         for i in parts:
-            tokens = tensors[f"{name}.{i}.tokens"].long()  # 0, 1, 2: BOS, PAD, EOS
-            logits = {k: tensors[f"{name}.{i}.logits_{v}"] for k, v in (
+            tokens = TENSORS[f"{name}.{i}.tokens"].long()  # 0, 1, 2: BOS, PAD, EOS
+            logits = {k: TENSORS[f"{name}.{i}.logits_{v}"] for k, v in (
                 ("", "orig"), ("_sae", "spliced"), ("_zero", "ablated"))}
             sums.update(core.splice_sums(logits, tokens, tokens > 2, tokens >= 0))
-        same(name, core.splice_scores(sums), values[name]["metrics"])
+        same(name, core.splice_scores(sums), VALUES[name]["metrics"])
 
 
 def test_temporal_metrics_equal_their_definitions():
@@ -108,7 +104,7 @@ def test_export_gives_the_same_code_or_is_refused():
     with folder() as here:
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
             sae = model("tsae", temporal=False, **values)
-            sae.scale.fill_(7.0)
+            sae.scale.fill_(7.0), sae.W_enc.data.mul_(2)       # not W_dec's transpose
             for fmt in export.FORMATS:
                 export.export(sae, acts, here / fmt, fmt)
             cfg = common.read_json(here / "saelens/cfg.json")
@@ -118,8 +114,7 @@ def test_export_gives_the_same_code_or_is_refused():
             w = {"W_enc": w["encoder.weight"].t(), "W_dec": w["decoder.weight"].t(),
                  "b_enc": w["encoder.bias"], "b_dec": w["b_dec" if k else "bias"]}
             for w in (w, common.load_tensors(here / "saelens/sae_weights.safetensors")[0]):
-                pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-                f = tsae.topk(pre, k) if k else pre.relu()
+                f = keep_largest((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], k or 32)
                 assert relative(f, 7 * sae.encode(x)) < 1e-5
                 assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
         sae.encode = lambda x, mask=None, real=sae.encode: real(x) + real(x.roll(1, 1))
@@ -134,12 +129,11 @@ HOSTILE = ("</script><img src=x onerror=alert(1)>", " <b>&amp;", " plain")    # 
 def page(here):
     """The feature page of random codes with stretches, feature 0 dead -> f (8, 72, 12) = x, mask,
     tokens, W_dec, html, its data."""
-    gen = common.generator(0, "features")
-    x = torch.randn(8, 72, 12, generator=gen)
-    x = (x + x.roll(1, 1) + x.roll(2, 1)) * torch.rand(12, generator=gen).add(0.5)
-    mask, tokens = torch.rand(8, 72, generator=gen) > 0.1, torch.full((8, 73), 2)
+    torch.manual_seed(0)
+    x, mask, tokens = torch.randn(8, 72, 12), torch.rand(8, 72) > 0.1, torch.full((8, 73), 2)
+    x = (x + x.roll(1, 1) + x.roll(2, 1)) * (0.5 + torch.rand(12))
     x[..., 0], x[0, 5, 11], mask[0, 5], tokens[0, 6], tokens[2:, 4::8] = -1, 9.0, True, 0, 1
-    acts, W_dec = Heldout(x, mask), torch.randn(12, 12, generator=gen)
+    acts, W_dec = Heldout(x, mask), torch.randn(12, 12)
     decode = types.SimpleNamespace(decode=lambda ids, **_: "".join(HOSTILE[i] for i in ids))
     acts.lm = types.SimpleNamespace(tokenizer=decode, name="a/model")
     acts.heldout_store = types.SimpleNamespace(tokens=tokens)
@@ -191,54 +185,42 @@ def test_features_page_in_a_browser():
 
 
 def test_selection_clamp_and_score_equal_saebench():
-    tensors, values = saebench()
     on, itself = {}, types.SimpleNamespace(encode=lambda x, mask: x)
     for name in ("forget", "retain"):                      # tokens 0, 1, 2: BOS, PAD, EOS
-        tokens = tensors[f"unlearn.tokens_{name}"].long().flatten()[None]
-        h = F.pad(tensors["unlearn.f_table"][tokens], (0, 0, 1, 0))
+        tokens = TENSORS[f"unlearn.tokens_{name}"].long().flatten()[None]
+        h = F.pad(TENSORS["unlearn.f_table"][tokens], (0, 0, 1, 0))
         on[name], _ = unlearning.activity(itself, None, h, tokens > 2)
-        assert relative(on[name].float(), tensors[f"unlearn.sparsity_{name}"].float()) < 1e-5
-    for threshold, want in values["unlearn_features"].items():
+        assert relative(on[name].float(), TENSORS[f"unlearn.sparsity_{name}"].float()) < 1e-5
+    for threshold, want in VALUES["unlearn_features"].items():
         for n, k in (("10", 10), ("20", 20), ("all", 64)):
             found = unlearning.select_features(on["forget"], on["retain"], float(threshold), k)
             assert found == want[n], (threshold, n)
-    sae, h, mask = fixture_sae(tensors, "clamp"), tensors["clamp.h"], torch.ones(3, 6).bool()
+    sae, h, mask = fixture_sae("clamp"), TENSORS["clamp.h"], torch.ones(3, 6).bool()
     for n, multiplier in ((10, 25), (20, 200)):
-        out = unlearning.clamp_edit(sae, values["unlearn_features"]["0.01"][str(n)], multiplier)(h)
-        assert relative(out, tensors[f"clamp.out_n{n}_m{multiplier}"]) < 1e-5
+        out = unlearning.clamp_edit(sae, VALUES["unlearn_features"]["0.01"][str(n)], multiplier)(h)
+        assert relative(out, TENSORS[f"clamp.out_n{n}_m{multiplier}"]) < 1e-5
     h[0, 3], mask[1, 2] = 100 * h[0, 3], False             # a sink, and a masked token, stay
     same = (unlearning.clamp_edit(sae, list(range(64)), 25, mask, limit=50.0)(h) == h).all(-1)
     assert same[0, 3] and same[1, 3] and same[:, 0].all() and same.sum() == 5
-    for case in values["unlearn_score"]:
+    for case in VALUES["unlearn_score"]:
         runs = [(w / 533, p / 308) for w, p in zip(case["wmdp"], case["pooled"])]
         close(unlearning.best_setting(runs)[0], case["score"], tolerance=1e-9)
 
 
-def two_languages():
-    """A model that knows both -> acts, states of each, an SAE whose feature 0 is on in one only."""
-    lm = words_lm(layers=2)
-    tokens, _ = texts.make_windows([walk("ab"[i % 2], 16, i) for i in range(48)], lm, 16, 48)
-    opt = torch.optim.Adam(lm.model.requires_grad_(True).parameters(), lr=1e-2)
-    for step in range(60):
-        rows = tokens[step % 3::3].long()
-        opt.zero_grad()
-        lm.model(input_ids=rows, labels=rows).loss.backward()
-        opt.step()
-    lm.model.requires_grad_(False)
-    acts = make_acts(lm, layer=0)
+def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
+    """In both languages the next word follows from the last; feature 0 is on in one of them."""
+    lm, eye, W = words_lm(layers=2), torch.eye(27, 32), torch.zeros(40, 32)
+    with torch.no_grad():
+        for p in lm.model.model.layers.parameters():       # blocks add nothing
+            p.zero_()
+        lm.model.model.embed_tokens.weight.copy_(eye)
+        lm.model.lm_head.weight.zero_()[3:] = eye[3:].view(2, 12, 32).roll(1, 1).flatten(0, 1)
+    W[0, 3:15] = 1                                         # the words of "a"
+    sae, acts = LinearSAE(W.t().clone(), W), make_acts(lm, layer=0)
     rows = [{"split": split, "domain": letter, "text": walk(letter, 64, i)} for letter in "ab"
             for split, first in (("train", 100), ("heldout", 0)) for i in range(first, first + 12)]
     with data_folder(corpus=rows):
-        both = [unlearning.domain_states(acts, "corpus", letter) for letter in "ab"]
-    a, b = (states["select"][1][:, 1:].reshape(-1, 32) for states in both)
-    W, bias = torch.zeros(40, 32), torch.full((40,), -1e6)
-    W[0] = F.normalize(a.mean(0) - b.mean(0), dim=0)
-    bias[0] = -(b @ W[0]).max() - 0.01
-    return acts, *both, LinearSAE(W.t().clone(), W, bias)
-
-
-def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
-    acts, forget, retain, sae = two_languages()
+        forget, retain = (unlearning.domain_states(acts, "corpus", letter) for letter in "ab")
     out = unlearning.unlearn_pair(sae, acts, forget, retain)
     zero = unlearning.unlearn_pair(zero_sae(32, 40), acts, forget, retain)
     assert out["accuracy_forget"] > 0.9 and out["accuracy_retain"] > 0.9
@@ -254,38 +236,34 @@ def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
 
 
 def test_pooling_and_probes_equal_saebench():
-    tensors, values = saebench()
-    sae = fixture_sae(tensors, "pool.sae")
+    sae = fixture_sae("pool.sae")
     for name in ("a", "b"):
-        x = tensors[f"pool.{name}.x"]                      # BOS and padding are zero there
+        x = TENSORS[f"pool.{name}.x"]                      # BOS and padding are zero there
         for v, want in ((x, "mean_x"), (sae.encode(x), "mean_f")):
             pooled = probing.pool(v, x, torch.ones(x.shape[:2]).bool())
-            assert relative(pooled, tensors[f"pool.{name}.{want}"]) < 1e-5
-    x, x_test = (torch.cat([tensors[f"probe.{part}.{side}"] for side in ("pos", "neg")]).numpy()
+            assert relative(pooled, TENSORS[f"pool.{name}.{want}"]) < 1e-5
+    x, x_test = (torch.cat([TENSORS[f"probe.{part}.{side}"] for side in ("pos", "neg")]).numpy()
                  for part in ("train", "test"))
     y, y_test = np.repeat([1, 0], 100), np.repeat([1, 0], 50)
-    for k, want in values["probe"].items():
+    for k, want in VALUES["probe"].items():
         columns = np.sort(probing.top_columns(x, y, int(k)))
         found = probing.probe_accuracy(x[:, columns], y, x_test[:, columns], y_test)
         assert columns.tolist() == want["features"], k
         close(found, want["accuracy"])
 
 
-def probe_rows():
-    """A task of two labels that the words give away, one of three, and one about tokens."""
-    for i in range(40):
-        text, quote = walk("b", 3, i) + " ", walk("a", 4, i)
-        for task, text, more in (
-                ("letter", walk("ab"[i % 2], 3 + i % 7, i), {"label": "ab"[i % 2]}),
-                ("start", f"a{i % 3} " * 4 + walk("b", 1, i), {"label": str(i % 3)}),
-                ("inside", text + quote, {"spans": [[len(text), len(text + quote)]]})):
-            yield {"task": task, "text": text, "split": "train" if i % 5 else "test", **more}
-
-
 def test_probing_finds_the_words_and_a_zero_sae_scores_a_half():
-    W = F.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
+    """Words that give two labels away, or one of three; and tokens inside of a quotation."""
+    rows, W = [], F.normalize(torch.randn(64, 32, generator=common.generator(0, "w")), dim=1)
+    for i in range(40):
+        text, quote, split = walk("b", 3, i) + " ", walk("a", 4, i), "train" if i % 5 else "test"
+        rows += [dict(task="letter", split=split, text=walk("ab"[i % 2], 3 + i % 7, i),
+                      label=str(i % 2)),
+                 dict(task="start", split=split, text=f"a{i % 3} " * 4 + "b1", label=str(i % 3)),
+                 dict(task="inside", split=split, text=text + quote,
+                      spans=[[len(text), len(text + quote)]])]
     acts, saes = make_acts(words_lm()), (LinearSAE(W.t(), W), zero_sae(32, 64))
-    with data_folder(probes=probe_rows()):
+    with data_folder(probes=rows):
         good, zero = (probing.evaluate(sae, acts) for sae in saes)
     assert {row["task"] for row in good["per_task"]} == {"letter", "start", "inside"}
     assert good["sae_all"] > 0.9 and good["residual_all"] > 0.9 and good["pca_top_5"] > 0.8, good
@@ -318,14 +296,14 @@ def test_positions_by_hand():
 def test_evaluations_of_a_run_from_the_command_line():
     with folder() as here:
         before = tiny(SCRIPTS["temporal_lens"], "a", 12)
-        for name in ("core", "temporal", "positions", "features", "zero", "saebench"):
-            assert run(importlib.import_module(f"evals.{name}"), "a")[0] == 0, name
+        for module in (core, temporal, positions, features, zero, bench):
+            assert run(module, "a")[0] == 0, module
         results = common.read_json(here / "a/eval.json")
         assert results["core"] == before["core"] and results["temporal"] == before["temporal"]
         assert results["zero"]["L0"] == results["zero"]["l2_ratio"] == 0 > results["zero"]["EV"]
         figures.training(here / "a")
         for name in ("features.html", "training.png", "positions.png", "clusters.png"):
             assert (here / "a" / name).stat().st_size > 5000, name
-        for name, *words in (("probing",), ("unlearning",), ("steer", "0:off", "text")):
-            status, _, err = run(importlib.import_module(f"evals.{name}"), "a", *words)
-            assert status in (2, 3) and "synthetic" in err, name      # said, no crash
+        for module, *words in ((probing,), (unlearning,), (steer, "0:off", "text")):
+            status, _, err = run(module, "a", *words)
+            assert status in (2, 3) and "synthetic" in err, module    # said, no crash

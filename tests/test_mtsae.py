@@ -5,26 +5,11 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import config, folder, log, tiny
-from tests.test_scripts import agree, logged, mixed, shake
-from tests.test_tsae import keep_largest
+from tests.helpers import folder, log, model, tiny
+from tests.test_scripts import mixed
+from tests.test_tsae import follows, keep_largest, shaken, standard
 
 PAPERS = ("extraction", "unlearning")
-
-
-def mts(variant="extraction", D=6, **values):
-    """An untrained MTSAE with random kernels, gains and biases; its Config."""
-    cfg = config(mtsae, variant=variant, **{"T": 20, "k": 3, **values})
-    sae, gen = shake(mtsae.MTSAE(D, cfg)), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        sae.kernels.copy_(0.5 * torch.randn(sae.kernels.shape, generator=gen))
-        sae.mean.copy_(0.3 * torch.randn(D, generator=gen))
-    return sae, cfg
-
-
-def counts(mask):
-    """Scored tokens and scored pairs of neighbours: what losses() divides by."""
-    return torch.stack([mask.sum(), (mask[:, 1:] & mask[:, :-1]).sum()])
 
 
 def cosine(a, b):
@@ -69,18 +54,13 @@ def temporal_stage(x, mask, p, cfg):
 
 def reference(p, x, mask, cfg):
     """Eq. A.2, A.6 or Eq. D.4: the weighted terms, averaged over scored tokens or pairs."""
-    (n, pairs), h = counts(mask), temporal_stage(x, mask, p, cfg)
+    n, both, h = mask.sum(), mask[:, 1:] & mask[:, :-1], temporal_stage(x, mask, p, cfg)
     pre = h @ p["W_enc"] + p["b_enc"]                          # Eq. A.4, D.3
     f = keep_largest(pre, cfg.k) if cfg.activation == "topk" else torch.relu(pre)
-    error = (x.double() / p["scale"] - f @ p["W_dec"] - p["b_dec"])[mask] ** 2         # Eq. A.5
-    error = error.mean(-1) if cfg.recon_reduction == "mean" else error.sum(-1)
-    error = error if cfg.recon == "squared" else torch.sqrt(error)
-    terms = {"recon": cfg.recon_weight * error.sum() / n}
-    if cfg.activation == "relu":
-        terms["l1"] = cfg.l1 * f[mask].abs().sum() / n
+    terms = standard(p, x, f, mask, cfg)                       # Eq. A.5
+    terms["recon"] = cfg.recon_weight * terms["recon"]
     if cfg.variant == "extraction" and cfg.coherence:
-        both = mask[:, 1:] & mask[:, :-1]
-        terms["coherence"] = -cfg.coherence * cosine(f[:, 1:], f[:, :-1])[both].sum() / pairs
+        terms["coherence"] = -cfg.coherence * cosine(f[:, 1:], f[:, :-1])[both].mean()
     if cfg.variant == "unlearning" and cfg.separation:
         z = h[mask].unflatten(-1, (-1, x.shape[-1])).unbind(1)
         apart = sum(cosine(a, b).clamp(min=0).sum() for a, b in itertools.permutations(z, 2))
@@ -98,21 +78,27 @@ CASES += (dict(center=False), dict(variant="unlearning", center=True, recon="squ
 
 
 def test_mtsae_losses_equal_the_equations():
-    """And D's Table 1: mean and deviation of each convolution over tokens and channels, raw."""
+    """And D's Table 1: mean and deviation of each convolution over tokens and channels, raw. Under
+    autocast products may be bf16; norms and the cosines of branches may not."""
     x, mask = mixed(seed=5)
+    x = x.bfloat16().float()                                   # as the buffer keeps it
     for flags in CASES:
-        sae, cfg = mts(**flags)
+        sae, n = shaken("mtsae", **flags), torch.stack([mask.sum(), mtsae.neighbours(mask).sum()])
 
-        def compute(sae):
-            return mtsae.losses(sae, x.to(sae.W_dec), mask, counts(mask), 0, cfg)
-        agree(sae, lambda sae: compute(sae)[0], lambda p: reference(p, x, mask, cfg), flags)
-        logged(*compute(sae)[1:], sae, x, mask, flags)
+        def compute(sae, x):
+            return mtsae.losses(sae, x, mask, n, 0, sae.cfg)
+        follows(compute, lambda p: reference(p, x, mask, sae.cfg), sae, x, mask, flags)
+        with torch.autocast("cpu", torch.bfloat16):
+            terms, h = compute(sae, x.bfloat16())[0], sae.temporal(x.bfloat16(), mask)
+        assert torch.allclose(h, sae.temporal(x, mask), atol=1e-6), flags
+        apart = [found.get("separation", 0) for found in (terms, compute(sae, x)[0])]
+        assert abs(apart[0] - apart[1]) < 1e-6, flags
         p = {name: value.double() for name, value in sae.state_dict().items()}
-        whole = temporal_stage(x, torch.ones_like(mask), p, cfg).float()       # without a mask
+        whole = temporal_stage(x, torch.ones_like(mask), p, sae.cfg).float()       # without a mask
         assert torch.allclose(sae.temporal(x), whole, atol=1e-5), flags
         table = mtsae.table_1(sae, x, mask, torch.clone)
-        conv = torch.stack([convolutions(*window, p, cfg)[0] for window in zip(x, mask)], 1)
-        for rate, y in zip(sae.rates, 2 * conv[:, mask]):
+        conv = torch.stack([convolutions(*window, p, sae.cfg)[0] for window in zip(x, mask)], 1)
+        for rate, y in zip(sae.rates, sae.scale * conv[:, mask]):
             assert abs(table[f"mean_{rate}"] - y.mean()) < 1e-5, (flags, rate)
             assert abs(table[f"std_{rate}"] - y.std(unbiased=False)) < 1e-5, (flags, rate)
 
@@ -133,78 +119,53 @@ def test_mtsae_batch_norm_over_the_steps():
     assert torch.allclose(bn(h), F.batch_norm(h.mT, *running).mT, atol=1e-2)
 
 
-def test_mtsae_statistics_stay_fp32_under_autocast():
-    """Matrix products may be bf16; norms and the cosines of branches may not."""
-    x, mask = mixed(D=16)
-    x = x.bfloat16()                                           # as the buffer keeps it
-    for variant in PAPERS:
-        sae, cfg = mts(variant, D=16)
-        sae.scale.fill_(1.7)                                   # division by 2 would be exact
-        exact = mtsae.losses(sae, x.float(), mask, counts(mask), 0, cfg)[0]
-        with torch.autocast("cpu", torch.bfloat16):
-            terms = mtsae.losses(sae, x, mask, counts(mask), 0, cfg)[0]
-            h = sae.temporal(x, mask)
-        assert torch.allclose(h, sae.temporal(x.float(), mask), atol=1e-6), variant
-        assert abs(terms.get("separation", 0) - exact.get("separation", 0)) < 1e-6
-
-
 def test_mtsae_kernels_start_as_declared():
     """identity: the token itself and a little noise; pytorch: nn.Conv1d's own range, in D too."""
     pytorch = 3 ** -0.5                                        # 1 / sqrt(kernel size)
     for variant, (init, limit), (padding, own) in itertools.product(
             PAPERS, (("identity", 0.1), ("pytorch", pytorch)), (("circular", 1), ("causal", 2))):
-        cfg = config(mtsae, variant=variant, conv_init=init, padding=padding)
-        w = mtsae.MTSAE(64, cfg).kernels.detach().clone()
+        sae = model("mtsae", 64, variant=variant, conv_init=init, padding=padding)
+        w = sae.kernels.detach().clone()
         w[:, own] -= float(init == "identity" and variant == "unlearning")
         assert abs(w.abs().max() - limit) < 0.01 and abs(w.mean()) < 0.1 * limit, init
 
 
-def after_a_step(sae):
-    """AdamW with moments that are not 0 anywhere."""
-    opt = torch.optim.AdamW(sae.parameters(), lr=1e-4)
-    for p in sae.parameters():
-        p.grad = torch.ones_like(p)
-    opt.step()
-    return opt
-
-
-def test_mtsae_resampling_resets_the_right_rows():
-    x, mask = mixed(seed=5)
+def test_mtsae_resampling():
+    """Dead rows, and nothing else, restart at scored tokens drawn by their squared error."""
     for variant in PAPERS:
-        sae, cfg = mts(variant, dead_after=3, batch_size=3)
-        opt, dead = after_a_step(sae), torch.tensor([0, 1, 0, 0, 1, 0]).bool()
-        sae.inactive[:] = torch.tensor([3, 4, 0, 3, 10, 2])        # dead: silent for *more* than 3
+        x, mask = mixed(T=40)
+        sae = shaken("mtsae", variant=variant, T=40, expansion=60, batch_size=3, dead_after=3)
+        x[0, 10] *= 15                                         # one token carries most of the error
+        x[2, 11] *= 1e3                                        # ... but this one is not scored
+        mask[0, 10] = True
+        opt = torch.optim.AdamW(sae.parameters(), lr=1e-4)     # its moments are not 0 anywhere
+        for p in sae.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        sae.W_dec.data.zero_()                                 # x_hat is b_dec
+        read = sae.eval().temporal(x, mask).flatten(0, 1)      # eval: running statistics
+        sae.train().inactive.copy_(torch.arange(360) % 7)
+        silent, dead = sae.inactive.clone(), sae.inactive > 3  # silent for *more* than 3
         before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-        for step in (5, 6):                                        # at 6 nobody is dead
-            mtsae.resample(sae, opt, x, mask, step, cfg)
+        for step in (5, 6):                                    # at 6 nobody is dead
+            mtsae.resample(sae, opt, x, mask, step, sae.cfg)
             assert torch.equal(sae.resampled, dead.long())
-            assert sae.inactive.tolist() == [3, 0, 0, 3, 0, 2]
+            assert torch.equal(sae.inactive, silent * ~dead) and sae.training
         for name, p in sae.named_parameters():
             both = [p.detach(), before[name], opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]]
             now, then, *moments = (v.t() for v in both) if name == "W_enc" else both
             rows = dead if name in ("W_dec", "W_enc", "b_enc") else torch.zeros(len(now)).bool()
             assert torch.equal(now[~rows], then[~rows]), name
             assert all((m[rows] == 0).all() and (m[~rows] != 0).all() for m in moments), name
-        assert (sae.b_enc[dead] == 0).all()
+        rest = x / sae.scale - sae.b_dec
+        similarity, token = (sae.W_dec[dead] @ F.normalize(rest.flatten(0, 1), dim=1).t()).max(1)
+        assert (similarity > 0.999).all() and mask.flatten()[token].all()
         length = 0.2 * before["W_enc"][:, ~dead].norm(dim=0).mean()
-        assert torch.allclose(sae.W_enc[:, dead].norm(dim=0), length.expand(2), rtol=1e-4)
-
-
-def test_mtsae_resampling_draws_scored_tokens_by_their_squared_error():
-    x, mask = mixed(T=40)
-    sae, cfg = mts(T=40, expansion=30, batch_size=3, batch_norm="off", padding="causal")
-    opt = after_a_step(sae)
-    with torch.no_grad():
-        sae.W_dec.zero_(), sae.b_dec.zero_()                       # reconstruction 0: error |x|^2
-        x[0, 10] *= 15                                             # one token carries most of it
-        x[2, 11] *= 1e3                                            # ... but this one is not scored
-        mask[0, 10] = True
-    sae.inactive.fill_(1000)
-    mtsae.resample(sae, opt, x, mask, 5, cfg)
-    similarity, token = (sae.W_dec @ F.normalize(x.flatten(0, 1), dim=1).t()).max(1)
-    assert (similarity > 0.999).all() and mask.flatten()[token].all()
-    share = (x[0, 10].square().sum() / x[mask].square().sum()).item()
-    assert 0.3 < share < 0.9 and abs((token == 10).float().mean() - share) < 0.12, share
+        want = length * F.normalize(read[token], dim=1)
+        assert torch.allclose(sae.W_enc[:, dead].t(), want, atol=1e-5)
+        assert not sae.b_enc[dead].any()
+        share = (rest[0, 10].square().sum() / rest[mask].square().sum()).item()
+        assert 0.3 < share < 0.9 and abs((token == 10).float().mean() - share) < 0.12, share
 
 
 def test_mtsae_run_counts_silence_resamples_and_logs():

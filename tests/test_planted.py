@@ -17,10 +17,10 @@ def activations(**values):
     return next(iter(common.open_activations(config(tsae, **values))))
 
 
-def test_planted_features_last_as_long_as_claimed_and_some_are_hidden():
+def test_planted_features_last_as_long_as_claimed():
     """A stretch of mean duration tau ends at a token with probability (1 - p) / tau."""
     for name, active in (("states", 3), ("flicker", 4)):
-        dictionary, values, observed, truth = PLANT[name]
+        dictionary, values, _, truth = PLANT[name]
         p, on = active / len(dictionary), values > 0
         assert abs(on.float().mean() - p) < 0.1 * p, name
         for tau in truth["duration"].unique().tolist():
@@ -28,12 +28,21 @@ def test_planted_features_last_as_long_as_claimed_and_some_are_hidden():
             stay, expected = (now & then).sum() / now.sum(), 1 - (1 - p) / tau
             assert abs(stay - expected) < 0.03, (name, tau, stay, expected)
         assert ((values == 0) | (values >= 1) & (values <= 2)).all(), name
-    slow = truth["duration"] == 32                         # of flicker: a quarter drops out
-    assert torch.equal(values[..., ~slow], observed[..., ~slow])
-    v, seen = (a[..., slow].flatten() for a in (values, observed))
-    assert abs((seen > 0).sum() / (v > 0).sum() - 1 + planted.DROPOUT) < 0.02
-    best = torch.where(seen > 0, seen, v[seen == 0].mean())          # E[v | seen]
-    assert abs(torch.corrcoef(torch.stack([v, best]))[0, 1] - truth["ceiling"]) < 0.01
+
+
+def test_ceilings_are_what_one_token_tells():
+    """Correlation of v with E[v | y], the mean of v in narrow bins of what is seen of it."""
+    for name, seen, noise in (("noisy", 1, 0.9), ("flicker", 1 - planted.DROPOUT, 0.0)):
+        _, values, observed, truth = PLANT[name]
+        slow = truth.get("duration", torch.full((16,), 32)) == 32      # others are never hidden
+        assert torch.equal(values[..., ~slow], observed[..., ~slow])
+        v, y = (a[..., slow].flatten() for a in (values, observed))
+        assert abs((y > 0).sum() / (v > 0).sum() - seen) < 0.02
+        y = y + noise * torch.randn(len(y), generator=common.generator(0, name))
+        bins = ((y - y.min()) / (y.max() - y.min()) * 999).long()
+        mean = torch.zeros(1000).index_add_(0, bins, v) / bins.bincount(minlength=1000).clamp(min=1)
+        found = torch.corrcoef(torch.stack([v, mean[bins]]))[0, 1]
+        assert abs(found - truth["ceiling"]) < 0.005, (name, found)
 
 
 def test_planted_features_are_on_only_where_they_may():
@@ -53,25 +62,12 @@ def test_planted_features_are_on_only_where_they_may():
         assert rows[..., part == 1 - absent].any() and rows[..., part == 2].any()
 
 
-def test_one_token_ceiling_is_that_of_a_simulation():
-    """E[v | y] estimated as the mean of v in narrow bins of y."""
-    gen = common.generator(0, "ceiling")
-    on, amount = torch.rand(2, 2_000_000, generator=gen)
-    v = (on < 0.25) * (1 + amount)
-    y = v + 0.9 * torch.randn(len(v), generator=gen)
-    bins = ((y - y.min()) / (y.max() - y.min()) * 999).long()
-    mean = torch.zeros(1000).index_add_(0, bins, v) / bins.bincount(minlength=1000).clamp(min=1)
-    found = torch.corrcoef(torch.stack([v, mean[bins]]))[0, 1]
-    assert abs(found - planted.one_token_ceiling(0.25, 0.9)) < 0.003, found
-
-
 def test_shuffle_destroys_the_order_and_keeps_each_sequences_tokens():
     straight, mixed = (activations(plant="noisy", shuffle=s) for s in ("off", "train"))
     x, y = (torch.cat([a.batch(i)[0] for i in range(8)]) for a in (straight, mixed))
     assert torch.equal(x.sort(1).values, y.sort(1).values)
     near = [torch.cosine_similarity(a[:, 1:], a[:, :-1], dim=-1).mean() for a in (x, y)]
     assert near[0] > near[1] + 0.01                                  # neighbours alike no more
-    assert torch.equal(next(straight.heldout())[0], next(mixed.heldout())[0])   # in true order
     found = []               # tree: children are on as often as before, but not with their parent
     for shuffle in ("off", "train"):
         acts = activations(plant="tree", shuffle=shuffle)
