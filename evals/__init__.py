@@ -98,7 +98,7 @@ def record(name, evaluate, sae, acts, folder):
 
 def finish(run, paper, extras):
     """After training: weights, evaluations of --eval, the script's own, curve, eval.json, table."""
-    save_weights(run)
+    common.save_tensors(run.dir / "sae_weights.safetensors", run.sae.state_dict())
     results, which = {}, [n for n in run.cfg.eval.split(",") if n not in ("", "none")]
     try:
         for name in which:
@@ -119,24 +119,6 @@ def finish(run, paper, extras):
     (run.dir / "checkpoint.safetensors").unlink(missing_ok=True)
     print_table(paper, results, run.sae.causal, run.dir)
     return results
-
-
-def save_weights(run):
-    """sae_weights.safetensors and cfg.json with SAELens' file and tensor names."""
-    common.save_tensors(run.dir / "sae_weights.safetensors", run.sae.state_dict())
-    common.write_json(run.dir / "cfg.json", saelens_cfg(
-        run.acts, len(run.sae.W_dec), f"temporal-sae/{run.script}/{run.variant}", False,
-        causal=run.sae.causal, scale=run.acts.scale))
-
-
-def saelens_cfg(acts, n_features, architecture, centred, **metadata):
-    """SAELens' cfg.json; centred: whether b_dec is taken from x before the encoder."""
-    return {"architecture": architecture, "d_in": acts.D, "d_sae": n_features, "dtype": "float32",
-            "device": "cpu", "apply_b_dec_to_input": centred, "normalize_activations": "none",
-            "reshape_activations": "none", "metadata": {
-                "model_name": acts.lm.name if acts.lm else "synthetic",
-                "hook_name": f"blocks.{acts.layer}.hook_resid_post", "hook_layer": int(acts.layer),
-                "context_size": acts.T + 1, "prepend_bos": True, **metadata}}
 
 
 def flatten(results, prefix=""):

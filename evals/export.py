@@ -13,7 +13,7 @@ import io
 import common  # before torch: it sets how threads wait
 import torch
 
-from evals import program, saelens_cfg
+from evals import program
 
 FORMATS = ("saelens", "dictionary_learning")
 
@@ -51,9 +51,16 @@ def saelens(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
     """SAELens: sae_weights.safetensors and cfg.json."""
     common.save_tensors(folder / "sae_weights.safetensors",
                         {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
-    cfg = saelens_cfg(acts, len(W_dec), "topk" if k else "standard", True,
-                      feature_scale=acts.scale, sae_lens_version="6.0.0")   # or metadata is lost
-    common.write_json(folder / "cfg.json", {**cfg, **({"k": k} if k else {})})
+    common.write_json(folder / "cfg.json", {
+        "architecture": "topk" if k else "standard", **({"k": k} if k else {}),
+        "d_in": acts.D, "d_sae": len(W_dec), "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"model_name": acts.lm.name if acts.lm else "synthetic",
+                     "hook_name": f"blocks.{acts.layer}.hook_resid_post",
+                     "hook_layer": int(acts.layer),
+                     "context_size": acts.T + 1, "prepend_bos": True, "feature_scale": acts.scale,
+                     "sae_lens_version": "6.0.0"}})   # of the format; without it metadata is lost
 
 
 def dictionary_learning(folder, acts, W_enc, b_enc, W_dec, b_dec, k):

@@ -21,7 +21,8 @@ its own), for example its eight probing tasks, or unlearning with WMDP and MMLU:
     sae, acts, _ = evals.open_run(RUN)
     config = suite.SparseProbingEvalConfig(model_name="gemma-2-2b", llm_dtype="bfloat16",
                                            llm_batch_size=32, k_values=[1, 2, 5, 10, 20, 50])
-    suite.run_eval(config, [("mine", ForSAEBench(sae, acts))], "cuda", "results")
+    suite.run_eval(config, [("mine", ForSAEBench(sae, acts))], "cuda", "saebench", True,
+                   save_activations=False)                 # they are tens of GB
 """
 from functools import partial
 
