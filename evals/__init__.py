@@ -10,11 +10,10 @@ import re
 import sys
 from pathlib import Path
 
-import common                          # before torch: it sets how OpenMP's threads wait
+import common  # before torch: it sets how threads wait
 import torch
 
 from common import HERE, UserError
-
 
 NOTHING_SCORED = ("no scored held-out token: all are special, padding or sinks; take more "
                   "text with --heldout_tokens or other --data.")
@@ -28,13 +27,12 @@ def open_run(folder, device="auto", cache=None):
     folder = Path(folder)
     saved = common.read_json(folder / "config.json")
     script, name = str(saved.get("script")), str(saved.get("class"))
-    path = HERE / f"{script.replace('.', '/')}.py"
-    if not re.fullmatch(r"(benchmarks\.)?[a-z_]+", script) or not path.exists():
-        raise UserError(f"{folder}/config.json names no script of this project.")
-    module = importlib.import_module(script)
+    ours = re.fullmatch(r"(benchmarks\.)?[a-z_]+", script)
+    there = ours and (HERE / f"{script.replace('.', '/')}.py").exists()
+    module = importlib.import_module(script) if there else None
     kind = getattr(module, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-        raise UserError(f"{folder}/config.json names no SAE of {script}.py.")
+        raise UserError(f"{folder}/config.json names no SAE of this project.")
     cfg = common.config_of_run(module.Config, folder)
     cfg = dataclasses.replace(cfg, layer=str(saved.get("layer")), device=device, resume="",
                               cache=cache or cfg.cache)
@@ -63,42 +61,57 @@ def coded(sae, acts):
         yield x, x_hat.float(), f.float(), mask
 
 
-def run_eval(name, evaluate, doc, argv=None):
-    """Main of an evaluation: adds its results to RUN/eval.json and prints them -> exit status."""
+def program(name, doc, work, argv=None, needs_text=False, **more):
+    """Main of a program for a finished run -> exit status, that of work(sae, acts, folder, args)
+    or 0. more: its further arguments, as argparse takes them."""
     def job():
         parser = argparse.ArgumentParser(f"python -m evals.{name}", description=doc,
                                          formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("RUN", help="folder of a finished run")
+        for argument, options in more.items():
+            parser.add_argument(argument, **options)
         parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
         parser.add_argument("--cache", help="folder of harvested activations (default: the run's)")
         args = parser.parse_args(argv)
-        results = common.read_json(Path(args.RUN) / "eval.json")
         sae, acts, folder = open_run(args.RUN, args.device, args.cache)
-        results[name] = evaluate(sae, acts, folder)
-        common.write_json(folder / "eval.json", results)
-        print_rows(flatten({name: results[name]}), {})
-        for text in results[name].get("skipped", []):
-            print(f"skipped: {text}", file=sys.stderr)
-        return 3 if results[name].get("skipped") else 0
+        if needs_text and acts.lm is None:
+            raise UserError(f"evals.{name} needs a language model; synthetic data has none.")
+        return work(sae, acts, folder, args)
     return common.guard(job)
+
+
+def run_eval(name, evaluate, doc, argv=None, **options):
+    """Main of an evaluation: adds its results to RUN/eval.json and prints them -> exit status."""
+    return program(name, doc, lambda *run: record(name, evaluate, *run[:3]), argv, **options)
+
+
+def record(name, evaluate, sae, acts, folder):
+    """Add an evaluation's results to eval.json and print them; 3 if something could not be had."""
+    results = common.read_json(folder / "eval.json")
+    results[name] = evaluate(sae, acts, folder)
+    common.write_json(folder / "eval.json", results)
+    print_rows(flatten({name: results[name]}), {})
+    for text in results[name].get("skipped", []):
+        print(f"skipped: {text}", file=sys.stderr)
+    return 3 if results[name].get("skipped") else 0
 
 
 def finish(run, paper, extras):
     """After training: weights, evaluations of --eval, the script's own, curve, eval.json, table."""
-    save_weights(run)
+    common.save_tensors(run.dir / "sae_weights.safetensors", run.sae.state_dict())
     results, which = {}, [n for n in run.cfg.eval.split(",") if n not in ("", "none")]
     try:
         for name in which:
             module = importlib.import_module(f"evals.{name}")
             results[name] = module.evaluate(run.sae, run.acts, run.dir)
-        for extra in extras if which else ():
-            results.update(extra(run.sae, run.acts))
-        if run.acts.truth is not None and which:
-            planted = importlib.import_module("data.planted")
-            results["recovery"] = planted.recovery(run.sae, run.acts)
-        results.update(steps=run.total, train_seconds=run.train_seconds)
         if which:
+            for extra in extras:
+                results.update(extra(run.sae, run.acts))
+            if run.acts.truth is not None:
+                planted = importlib.import_module("data.planted")
+                results["recovery"] = planted.recovery(run.sae, run.acts)
             importlib.import_module("evals.figures").training(run.dir)
+        results.update(steps=run.total, train_seconds=run.train_seconds)
     except (KeyboardInterrupt, common.Stopped) as stop:
         raise common.Stopped(stop.args[0] if stop.args else 130, "stopped in the evaluation; the "
                              f"trained SAE is saved: --resume {run.dir} evaluates it.") from None
@@ -106,20 +119,6 @@ def finish(run, paper, extras):
     (run.dir / "checkpoint.safetensors").unlink(missing_ok=True)
     print_table(paper, results, run.sae.causal, run.dir)
     return results
-
-
-def save_weights(run):
-    """sae_weights.safetensors and cfg.json with SAELens' file and tensor names."""
-    sae, acts, name = run.sae, run.acts, run.acts.lm.name if run.acts.lm else "synthetic"
-    common.save_tensors(run.dir / "sae_weights.safetensors", sae.state_dict())
-    common.write_json(run.dir / "cfg.json", {
-        "architecture": f"temporal-sae/{run.script}/{run.variant}", "d_in": acts.D,
-        "d_sae": len(sae.W_dec), "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": False, "normalize_activations": "none",
-        "reshape_activations": "none", "metadata": {
-            "model_name": name, "hook_name": f"blocks.{acts.layer}.hook_resid_post",
-            "hook_layer": acts.layer, "context_size": acts.T, "prepend_bos": True,
-            "causal": sae.causal, "scale": acts.scale}})
 
 
 def flatten(results, prefix=""):

@@ -4,6 +4,7 @@
 
 Definitions: core_metrics and splice_metrics below. A non-causal SAE's CE and KL are partly leakage.
 """
+import functools
 import math
 
 import torch
@@ -109,8 +110,7 @@ def splice_scores(sums):
             "ce_tokens": sums["ce_tokens"]}
 
 
-def main(argv=None):
-    return evals.run_eval("core", evaluate, __doc__, argv)
+main = functools.partial(evals.run_eval, "core", evaluate, __doc__)
 
 
 if __name__ == "__main__":

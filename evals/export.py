@@ -7,13 +7,13 @@ Both formats hold f = act((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, f
 s is folded into the biases (b_enc s, b_dec s), so decoder rows keep norm 1 and exported features
 are s times ours. An SAE whose encoder is another function is refused.
 """
-import argparse
+import functools
 import io
-import common  # before torch: it sets how threads wait
 
+import common  # before torch: it sets how threads wait
 import torch
 
-from evals import open_run
+from evals import program
 
 FORMATS = ("saelens", "dictionary_learning")
 
@@ -26,56 +26,44 @@ def export(sae, acts, folder, fmt):
     refused = f"this SAE cannot be exported to {fmt}, a linear encoder with relu or topk:"
     if own:
         raise common.UserError(f"{refused} its code also depends on {', '.join(sorted(own))}.")
-    s = acts.scale
-    W_enc, b_enc, W_dec, b_dec = (t.detach().float().cpu() for t in (
-        sae.W_enc, sae.b_enc * s, sae.W_dec, sae.b_dec * s))
-    k = sae.cfg.k if sae.cfg.activation == "topk" else None
+    s, k = acts.scale, sae.cfg.k if sae.cfg.activation == "topk" else None
+    W_enc, b_enc, W_dec, b_dec = weights = [t.detach().float().cpu() for t in (
+        sae.W_enc, sae.b_enc * s, sae.W_dec, sae.b_dec * s)]
     x, mask = next(iter(acts.heldout(4)))
-    ours = sae.encode(x, mask)
-    theirs = code(x.cpu(), W_enc, b_enc, b_dec, k)
-    pairs = [(theirs, s * ours)]
-    if theirs.shape == ours.shape:
-        pairs.append((theirs @ W_dec + b_dec, sae.decode(ours)))
-    if not all(close(a, b.float().cpu(), mask.cpu()) for a, b in pairs):
+    f, fits = sae.encode(x, mask), len(W_enc) == x.shape[-1]              # one encoder matrix
+    if fits:
+        h = x.cpu() - b_dec
+        code = common.encode_topk(h, W_enc, b_enc, k) if k else (h @ W_enc + b_enc).relu()
+        pairs = (code, s * f), (code @ W_dec + b_dec, sae.decode(f))
+        fits = all(close(a, b.float().cpu(), mask.cpu()) for a, b in pairs)
+    if not fits:
         raise common.UserError(f"{refused} on held-out activations it gives another code.")
     folder.mkdir(parents=True, exist_ok=True)
-    write = saelens if fmt == "saelens" else dictionary_learning
-    name = acts.lm.name if acts.lm else "synthetic"
-    write(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k)
-
-
-def code(x, W_enc, b_enc, b_dec, k):
-    """The code that both formats define: x (..., D) -> (..., F); k None: ReLU."""
-    if len(W_enc) != x.shape[-1]:
-        return x.new_zeros(1)                                             # not one encoder matrix
-    pre = (x - b_dec) @ W_enc + b_enc
-    if k:
-        values, index = pre.topk(k, dim=-1)
-        pre = torch.zeros_like(pre).scatter(-1, index, values)
-    return pre.relu()
+    (saelens if fmt == "saelens" else dictionary_learning)(folder, acts, *weights, k)
 
 
 def close(a, b, mask):
     """Whether a and b (B, T, ...) agree to 1e-4 of the largest value on scored tokens."""
-    return a.shape == b.shape and bool((a - b)[mask].abs().max() <= 1e-4 * b[mask].abs().max())
+    return bool((a - b)[mask].abs().max() <= 1e-4 * b[mask].abs().max())
 
 
-def saelens(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k):
+def saelens(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
     """SAELens: sae_weights.safetensors and cfg.json."""
     common.save_tensors(folder / "sae_weights.safetensors",
                         {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec})
     common.write_json(folder / "cfg.json", {
         "architecture": "topk" if k else "standard", **({"k": k} if k else {}),
-        "d_in": W_enc.shape[0], "d_sae": W_enc.shape[1], "dtype": "float32", "device": "cpu",
+        "d_in": acts.D, "d_sae": len(W_dec), "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"model_name": name, "hook_layer": int(acts.layer),
+        "metadata": {"model_name": acts.lm.name if acts.lm else "synthetic",
                      "hook_name": f"blocks.{acts.layer}.hook_resid_post",
+                     "hook_layer": int(acts.layer),
                      "context_size": acts.T + 1, "prepend_bos": True, "feature_scale": acts.scale,
                      "sae_lens_version": "6.0.0"}})   # of the format; without it metadata is lost
 
 
-def dictionary_learning(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k):
+def dictionary_learning(folder, acts, W_enc, b_enc, W_dec, b_dec, k):
     """dictionary_learning: ae.pt, a pickle (this project writes it and never reads one), and
     config.json."""
     state = {"encoder.weight": W_enc.t().contiguous(), "encoder.bias": b_enc,
@@ -85,29 +73,20 @@ def dictionary_learning(folder, acts, name, W_enc, b_enc, W_dec, b_dec, k):
     file = io.BytesIO()
     torch.save(state, file)
     common.write_atomic(folder / "ae.pt", file.getvalue())
-    D, n_features = W_enc.shape
     common.write_json(folder / "config.json", {
-        "trainer": {"dict_class": "AutoEncoderTopK" if k else "AutoEncoder", "activation_dim": D,
-                    "dict_size": n_features, "layer": acts.layer, "lm_name": name,
+        "trainer": {"dict_class": "AutoEncoderTopK" if k else "AutoEncoder",
+                    "activation_dim": acts.D, "dict_size": len(W_dec), "layer": acts.layer,
+                    "lm_name": acts.lm.name if acts.lm else "synthetic",
                     "submodule_name": f"resid_post_layer_{acts.layer}", **({"k": k} if k else {})},
-        "buffer": {"d_submodule": D, "io": "out", "ctx_len": acts.T + 1}})
+        "buffer": {"d_submodule": acts.D, "io": "out", "ctx_len": acts.T + 1}})
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser("python -m evals.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("RUN", help="folder of a finished run")
-    parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--cache", help="folder of harvested activations (default: the run's)")
-    args = parser.parse_args(argv)
+def work(sae, acts, folder, args):
+    export(sae, acts, folder / f"export-{args.format}", args.format)
+    common.say(f"saved: {folder}/export-{args.format}")
 
-    def work():
-        sae, acts, folder = open_run(args.RUN, args.device, args.cache)
-        export(sae, acts, folder / f"export-{args.format}", args.format)
-        common.say(f"saved: {folder}/export-{args.format}")
-    return common.guard(work)
 
+main = functools.partial(program, "export", __doc__, work, format=dict(choices=FORMATS))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Where in the sequence an SAE is good, and where its features work (paper E, Sec. 5 and 6).
 
-    python -m evals.positions RUN            into RUN: position.json, positions.png, clusters.png
+    python -m evals.positions RUN            into RUN: position.json, positions.png
     python -m evals.positions RUN RUN2       paired t-test between two runs' errors
 
 For any SAE; on held-out windows, the "test sequences" of Sec. 5. Position masks and weights are
@@ -17,14 +17,13 @@ What the paper leaves open (argued at the line that settles it)
     open E.span       "temporal span"                   smallest window with half of the activation
     open E.clusters   clustering, "consistency"         Ward, 8 clusters, two halves of the windows
 """
-import argparse
+import functools
 
 import common  # before torch: it sets how threads wait
-
 import numpy as np
 import torch
 
-from evals import figures, open_run, run_eval
+from evals import coded, figures, open_run, program, record
 
 CLUSTERS = 8          # clusters of position profiles; not tuned
 MAX_CLUSTERED = 500   # features clustered: those with most activation; not tuned
@@ -32,7 +31,7 @@ MAX_CLUSTERED = 500   # features clustered: those with most activation; not tune
 
 @torch.no_grad()
 def evaluate(sae, acts, folder):
-    """Numbers for eval.json; in the folder the figures and, by position and feature, position.json.
+    """Numbers for eval.json; in the folder the figure and, by position and feature, position.json.
 
     no_sink, sink_as_coded, sink_fitted: early_late of each of sink_cases; features_off: fraction of
     features that are 0; span: median over features, beside that of one that ignores position;
@@ -49,21 +48,23 @@ def evaluate(sae, acts, folder):
     numbers = {name: early_late(*case) for name, case in sink_cases(sae, acts, errors).items()}
     numbers.update(features_off=off.mean(), span_ignoring_position=T // 2,
                    span=np.median(by["span"]) if live.any() else np.nan)
-    m, history = None, ()
+    maps = {}                                                             # (rows, T) each
     if hasattr(sae, "position_weights") and not getattr(sae.cfg, "uniform_weights", False):
         by["weight"] = sae.position_weights().cpu().numpy()
         # Sec. 1: r = 0.82; close to 1 by construction, for w_t is an average of that very error
         numbers["weight_difficulty_r"] = np.corrcoef(by["weight"], by["error"])[0, 1]
         history = sae.weight_history[sae.weight_history.sum(1) > 0].cpu().numpy()
+        maps |= {"weights": history} if len(history) else {}
     if hasattr(sae, "alpha"):
         m = sae.position_mask(T).cpu().numpy()                            # (T, F)
         by.update(mean_mask=m.mean(1), mask_span=spans(m))
         numbers.update(read_masks(sae, acts, m, error.sum(), energy.sum()),
                        mask_span=np.median(by["mask_span"]))
+        maps["masks"] = m.T
     if live.sum() >= CLUSTERS:
-        numbers["clusters"] = clusters(halves, folder / "clusters.png")
+        numbers["clusters"], maps["clusters"] = clusters(halves)
     common.write_json(folder / "position.json", {k: np.round(v, 5) for k, v in by.items()})
-    figures.draw_positions(folder / "positions.png", by, numbers, m, history)
+    figures.positions(folder / "positions.png", by, numbers, maps)
     return numbers
 
 
@@ -76,11 +77,10 @@ def measure(sae, acts):
     even and in odd windows. off: fraction of features that are 0.
     """
     errors, mass, on, count = [], 0.0, 0.0, 0.0
-    for x, mask in acts.heldout(16):                                      # even, so parity is kept
-        x_hat, f = sae(x, mask)
+    for x, x_hat, f, mask in coded(sae, acts):                            # 16: parity is kept
         error, energy = (((y - x) / sae.scale).pow(2).sum(-1) * mask for y in (x_hat, acts.mean))
         errors.append(torch.stack([error, energy, mask]).cpu())
-        f = f.float() * mask[..., None]
+        f = f * mask[..., None]
         on = on + (f > 0).sum((0, 2))
         mass = mass + torch.stack([f[0::2].sum(0), f[1::2].sum(0)]).double()
         count = count + torch.stack([mask[0::2].sum(0), mask[1::2].sum(0)])
@@ -154,16 +154,19 @@ def spans(profile):
     return span
 
 
-def clusters(halves, path):
-    """Clusters of the most active features by profile; draws them. halves (2, T, F)."""
+def clusters(halves):
+    """Clusters of the most active features by profile: halves (2, T, F) -> numbers, and profiles
+    (n, T) in units of their maximum in the order of the tree."""
+    from scipy.cluster.hierarchy import leaves_list
     from sklearn.metrics import adjusted_rand_score
     profile = halves.mean(0)                                              # (T, F)
     mass = profile.sum(0)
     top = np.argsort(-mass, kind="stable")[:min(MAX_CLUSTERED, (mass > 0).sum())]
     tree, labels = cluster(profile[:, top])
     agreement = adjusted_rand_score(*(cluster(half[:, top])[1] for half in halves))
-    figures.draw_clusters(path, profile[:, top], tree, labels, agreement)
-    return {"consistency": agreement, "sizes": np.bincount(labels)[1:].tolist()}
+    ordered = profile[:, top][:, leaves_list(tree)].T
+    return ({"consistency": agreement, "sizes": np.bincount(labels)[1:].tolist()},
+            ordered / ordered.max(1, keepdims=True))
 
 
 def cluster(profile):
@@ -189,24 +192,20 @@ def compare(sae_a, sae_b, acts):
             "p": float(test.pvalue), "sequences": len(a)}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="*")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--cache")
-    args, _ = parser.parse_known_args(argv)
-    if len(args.runs) != 2:
-        return run_eval("positions", evaluate, __doc__, argv)
+def work(sae, acts, folder, args):
+    """The analysis of RUN, or the comparison with RUN2; UserError if it has another text."""
+    if args.RUN2 is None:
+        return record("positions", evaluate, sae, acts, folder)
+    sae2, acts2, _ = open_run(args.RUN2, args.device, args.cache)
+    x, y = (next(iter(one.heldout()))[0] for one in (acts, acts2))
+    if x.shape != y.shape or not x.equal(y):
+        raise common.UserError("the two runs have different held-out activations.")
+    for name, value in compare(sae, sae2, acts).items():
+        common.say(f"{name:<14} {value:.4g}")
 
-    def work():
-        saes, acts, _ = zip(*(open_run(run, args.device, args.cache) for run in args.runs))
-        x, y = (next(iter(one.heldout()))[0] for one in acts)
-        if x.shape != y.shape or not x.equal(y):
-            raise common.UserError("the two runs have different held-out activations.")
-        for name, value in compare(*saes, acts[0]).items():
-            common.say(f"{name:<14} {value:.4g}")
-    return common.guard(work)
 
+main = functools.partial(program, "positions", __doc__, work,
+                         RUN2=dict(nargs="?", help="another run, for the t-test"))
 
 if __name__ == "__main__":
     raise SystemExit(main())

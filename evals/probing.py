@@ -14,9 +14,9 @@ columns with the largest |mean over positives - mean over negatives| in the trai
     pca_top_K        the same on K principal components of the training set's residual stream
 
 Means over classes, then over tasks; per_task holds each task's own values and numbers of rows.
-0.5 is chance. SAEBench's all-column probe picks its epoch on the test set; ours does not. On
-SAEBench's own eight data sets: python -m evals.saebench RUN sparse_probing. The states of the texts
-are kept in --cache for the next SAE of the layer; the probes take about 1 s a task.
+0.5 is chance. SAEBench's all-column probe picks its epoch on the test set; ours does not. For
+SAEBench's own eight data sets see evals/saebench.py. The states of the texts are kept in --cache
+for the next SAE of the layer; the probes take about 1 s a task.
 """
 import contextlib
 import functools
@@ -28,7 +28,6 @@ import warnings
 from pathlib import Path
 
 import common  # before torch: it sets how threads wait
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,8 +43,6 @@ KEPT = 48                               # tokens kept of a text, for speed; SAEB
 @torch.no_grad()
 def evaluate(sae, acts, folder=None):
     """The accuracies above, as a dict."""
-    if acts.lm is None:
-        return {"skipped": ["probing: synthetic data has no text"]}
     samples = encode_texts(sae, acts, load_texts(), min(KEPT, acts.T))
     rows = [{"task": task, **{split: len(splits[split][2]) for split in TEXTS},
              **probe_task(splits["train"], splits["test"])} for task, splits in samples.items()]
@@ -96,11 +93,9 @@ def encode_texts(sae, acts, items, T):
                 kept += [(x[i, t].cpu(), f[i, t].cpu(), label) for t, label in picked]
             elif mask[i].any():
                 kept.append((mean_x[i], mean_f[i], item["label"]))
-
-    for splits in found.values():
-        for split, (x, f, labels) in ((split, zip(*kept)) for split, kept in splits.items()):
-            splits[split] = torch.stack(x), torch.stack(f), list(labels)
-    return found
+    return {task: {split: (torch.stack([x for x, _, _ in kept]),
+                           torch.stack([f for _, f, _ in kept]), [label for *_, label in kept])
+                   for split, kept in splits.items()} for task, splits in found.items()}
 
 
 def text_states(acts, tokens, lengths):
@@ -195,7 +190,7 @@ def probe_accuracy(x, y, x_test, y_test):
         return LogisticRegression(C=1.0, max_iter=1000).fit(x, y).score(x_test, y_test)
 
 
-main = functools.partial(run_eval, "probing", evaluate, __doc__)
+main = functools.partial(run_eval, "probing", evaluate, __doc__, needs_text=NEEDS_TEXT)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -5,17 +5,16 @@
 An edit is FEATURE:+X, FEATURE:-X, FEATURE:=X or FEATURE:off, in units of the feature, applied at
 every token but the sink and special tokens. What the SAE does not explain stays as it is.
 """
-import argparse
 import contextlib
+import functools
 import itertools
 import re
 import textwrap
 
 import common  # before torch: it sets how threads wait
-
 import torch
 
-from evals import open_run
+from evals import program
 from evals.unlearning import feature_edit
 
 
@@ -37,8 +36,6 @@ def parse_steer(text, n_features):
 @torch.no_grad()
 def steer(sae, acts, text, prompt, n=40):
     """-> {"plain": text, "steered": text}, n tokens each or fewer; edits as in parse_steer."""
-    if acts.lm is None:
-        raise common.UserError("steering needs a language model; synthetic data has none.")
     lm, edits, out = acts.lm, parse_steer(text, len(sae.W_dec)), {}
 
     def change(f):
@@ -63,33 +60,18 @@ def steer(sae, acts, text, prompt, n=40):
     return out
 
 
-def side_by_side(titles, texts, width=48):
-    """Texts in columns, under their titles -> lines."""
-    columns = [[title, "-" * width, *itertools.chain.from_iterable(
-        textwrap.wrap(line, width) for line in text.splitlines())]
-        for title, text in zip(titles, texts)]
-    return ["  ".join(cell.ljust(width) for cell in row).rstrip()
-            for row in itertools.zip_longest(*columns, fillvalue="")]
+def work(sae, acts, folder, args):
+    """Both continuations in columns."""
+    out = steer(sae, acts, args.edits, args.prompt)
+    columns = [[title, "-" * 48, *textwrap.wrap(text, 48)]
+               for title, text in zip(("plain", f"steered {args.edits}"), out.values())]
+    for left, right in itertools.zip_longest(*columns, fillvalue=""):
+        common.say(f"{left:48}  {right}".rstrip())
 
 
-def main(argv=None):
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m evals.steer", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("RUN", help="folder of a finished run")
-    parser.add_argument("edits", help='such as "123:+8,77:off"')
-    parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--cache", help="folder of harvested activations (default: the run's)")
-    args = parser.parse_args(argv)
-
-    def work():
-        sae, acts, _ = open_run(args.RUN, args.device, args.cache)
-        out = steer(sae, acts, args.edits, args.prompt)
-        for line in side_by_side(("plain", f"steered {args.edits}"), out.values()):
-            common.say(line)
-    return common.guard(work)
-
+main = functools.partial(program, "steer", __doc__, work, needs_text=True,
+                         edits=dict(help='such as "123:+8,77:off"'),
+                         prompt=dict(help="text to continue"))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,11 +19,10 @@ import functools
 from collections import defaultdict
 
 import common  # before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 
-from evals import NOTHING_SCORED, run_eval
+from evals import NOTHING_SCORED, coded, run_eval
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -34,13 +33,12 @@ def evaluate(sae, acts, folder=None):
     UserError where no token is scored."""
     lags = [lag for lag in LAGS if lag < acts.T]
     sums = defaultdict(int)
-    for x, mask in acts.heldout():                                        # (B, T, D), (B, T)
-        x_hat, f = sae(x, mask)
-        f = f.float() * mask[..., None]                                   # (B, T, F)
+    for x, x_hat, f, mask in coded(sae, acts):                            # (B, T, D) ... (B, T)
+        f = f * mask[..., None]                                           # (B, T, F)
         sums["tokens"] += mask.sum()
         sums["x"] += (x.double() * mask[..., None]).sum((0, 1))
         sums["scales"] += time_scales(x, mask)
-        sums["error scales"] += time_scales(x - x_hat.float(), mask)
+        sums["error scales"] += time_scales(x - x_hat, mask)
         sums["f"] += f.double().sum((0, 1))
         sums["|f|"] += f.double().abs().sum()
         sums["f^2"] += f.double().pow(2).sum()

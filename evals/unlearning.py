@@ -44,10 +44,8 @@ HOPELESS = 0.98                     # below it no larger multiplier is tried; no
 
 
 def evaluate(sae, acts, folder=None):
-    """The scores above for each pair of PAIRS, and their means, as a dict; {"skipped": [...]}
-    without a language model. UserError where the bundled text has too few windows of T tokens."""
-    if acts.lm is None:
-        return {"skipped": ["unlearning: synthetic data has no text"]}
+    """The scores above for each pair of PAIRS, and their means, as a dict. UserError where
+    the bundled text has too few windows of T tokens."""
     states, pairs = functools.cache(functools.partial(domain_states, acts)), {}
     for name, (forget, retain) in PAIRS.items():
         pairs[name] = unlearn_pair(sae, acts, states(*forget), states(*retain))
@@ -238,7 +236,7 @@ def accuracy(table):
     return (table[:, 0].sum() / table[:, 1].sum().clamp(min=1)).item()
 
 
-main = functools.partial(run_eval, "unlearning", evaluate, __doc__)
+main = functools.partial(run_eval, "unlearning", evaluate, __doc__, needs_text=NEEDS_TEXT)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,37 +7,19 @@ of 0, a negative explained variance (the error is taken from zero, the variance 
 reconstruction bias of 0/0 (SAEBench writes -1), the cross-entropy of scored positions set to 0.
 Papers B to E print such values for trained models. Definitions: evals/core.py.
 """
-import torch
+import functools
 
 from evals import core, run_eval
 
 
-class ZeroSAE(torch.nn.Module):
-    """f = 0 and x_hat = 0 for every x, with F features of width D as `sae` has."""
-    causal = True
-
-    def __init__(self, sae):
-        super().__init__()
-        self.W_dec = torch.zeros_like(sae.W_dec)                          # (F, D)
-
-    def encode(self, x, mask=None):
-        return x.new_zeros(*x.shape[:-1], len(self.W_dec))                # (..., F)
-
-    def decode(self, f):
-        return f @ self.W_dec                                             # (..., D)
-
-    def forward(self, x, mask=None):
-        return torch.zeros_like(x), self.encode(x)
-
-
 def evaluate(sae, acts, folder=None):
     """The core metrics of the all-zero SAE, as a dict; works without a language model too."""
-    return core.evaluate(ZeroSAE(sae), acts)
+    def zero(x, mask=None):                                               # -> x_hat, f = 0, 0
+        return x.new_zeros(x.shape), x.new_zeros(*x.shape[:-1], len(sae.W_dec))
+    return core.evaluate(zero, acts)
 
 
-def main(argv=None):
-    return run_eval("zero", evaluate, __doc__, argv)
-
+main = functools.partial(run_eval, "zero", evaluate, __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -302,7 +302,7 @@ def test_evaluations_of_a_run_from_the_command_line():
         assert results["core"] == before["core"] and results["temporal"] == before["temporal"]
         assert results["zero"]["L0"] == results["zero"]["l2_ratio"] == 0 > results["zero"]["EV"]
         figures.training(here / "a")
-        for name in ("features.html", "training.png", "positions.png", "clusters.png"):
+        for name in ("features.html", "training.png", "positions.png"):
             assert (here / "a" / name).stat().st_size > 5000, name
         for module, *words in ((probing,), (unlearning,), (steer, "0:off", "text")):
             status, _, err = run(module, "a", *words)
