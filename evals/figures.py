@@ -89,9 +89,16 @@ def positions(path, by, numbers, maps):
         mean = maps["masks"] @ np.arange(T) / maps["masks"].sum(1).clip(1e-12)
         heat_map(others.pop(0), maps["masks"][mean.argsort()], "mask $m_{t,k}$, features by mean "
                  f"position\nr with the first draw {numbers['r_with_first_draw']:.2f}", "gray_r")
-    if "clusters" in maps:
-        heat_map(others.pop(0), maps["clusters"], "mean activation (share of the maximum), by "
-                 f"cluster\ntwo halves agree {numbers['clusters']['consistency']:.2f}", "magma")
+    if "clusters" in maps:                 # Sec. 6.3: the tree, its leaves at the map's rows
+        from scipy.cluster.hierarchy import dendrogram
+        spot = others.pop(0)
+        spot.set_axis_off()
+        parts = spot.get_subplotspec().subgridspec(1, 2, width_ratios=(1, 3), wspace=0.02)
+        tree, axis = map(figure.add_subplot, parts)
+        dendrogram(maps["tree"], orientation="left", no_labels=True, ax=tree)
+        tree.set_axis_off()
+        heat_map(axis, maps["clusters"], "mean activation (share of the maximum), features by "
+                 f"tree\ntwo halves agree {numbers['clusters']['consistency']:.2f}", "magma")
     for axis in others:
         axis.remove()
     save(figure, path, 70)

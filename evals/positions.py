@@ -48,7 +48,7 @@ def evaluate(sae, acts, folder):
     numbers = {name: early_late(*case) for name, case in sink_cases(sae, acts, errors).items()}
     numbers.update(features_off=off.mean(), span_ignoring_position=T // 2,
                    span=np.median(by["span"]) if live.any() else np.nan)
-    maps = {}                                                             # (rows, T) each
+    maps = {}                                      # (rows, T) each, and a tree
     if hasattr(sae, "position_weights") and not getattr(sae.cfg, "uniform_weights", False):
         by["weight"] = sae.position_weights().cpu().numpy()
         # Sec. 1: r = 0.82; close to 1 by construction, for w_t is an average of that very error
@@ -62,7 +62,7 @@ def evaluate(sae, acts, folder):
                        mask_span=np.median(by["mask_span"]))
         maps["masks"] = m.T
     if live.sum() >= CLUSTERS:
-        numbers["clusters"], maps["clusters"] = clusters(halves)
+        numbers["clusters"], maps["clusters"], maps["tree"] = clusters(halves)
     common.write_json(folder / "position.json", {k: np.round(v, 5) for k, v in by.items()})
     figures.positions(folder / "positions.png", by, numbers, maps)
     return numbers
@@ -155,8 +155,8 @@ def spans(profile):
 
 
 def clusters(halves):
-    """Clusters of the most active features by profile: halves (2, T, F) -> numbers, and profiles
-    (n, T) in units of their maximum in the order of the tree."""
+    """Clusters of the most active features by profile: halves (2, T, F) -> numbers, profiles
+    (n, T) in units of their maximum in the order of the tree, the tree (scipy's linkage)."""
     from scipy.cluster.hierarchy import leaves_list
     from sklearn.metrics import adjusted_rand_score
     profile = halves.mean(0)                                              # (T, F)
@@ -166,7 +166,7 @@ def clusters(halves):
     agreement = adjusted_rand_score(*(cluster(half[:, top])[1] for half in halves))
     ordered = profile[:, top][:, leaves_list(tree)].T
     return ({"consistency": agreement, "sizes": np.bincount(labels)[1:].tolist()},
-            ordered / ordered.max(1, keepdims=True))
+            ordered / ordered.max(1, keepdims=True), tree)
 
 
 def cluster(profile):

@@ -1,9 +1,11 @@
-"""SAEBench's core values under its names; an SAE in the form that SAEBench itself takes.
+"""SAEBench: its core values under its names, and SAEBench itself on this SAE.
 
-    python -m evals.saebench RUN
+    python -m evals.saebench RUN                   its core values on the run's held-out text
+    python -m evals.saebench RUN sparse_probing    SAEBench itself: its eight data sets
+    python -m evals.saebench RUN unlearning        SAEBench itself: WMDP-bio and four sets of MMLU
 
-They equal sae-bench 0.6.0 (sae_bench/evals/core) on the same tensors. Where they differ from
-evals/core.py, that one is right:
+The first equals sae-bench 0.6.0 (sae_bench/evals/core) on the same tensors. Where its values differ
+from evals/core.py, that one is right:
 
     explained_variance          1 - R / (S - (S / D)^2), with R and S the means over batches of the
                                 mean ||x - x_hat||^2 and ||x||^2: nearly a variance about zero, so
@@ -14,23 +16,21 @@ evals/core.py, that one is right:
                                 the batch size
     relative_reconstruction_bias  a mean of the batches' ratios
 
-SAEBench's own evaluations, data sets and settings (pip install sae-bench, best in an environment of
-its own), for example its eight probing tasks, or unlearning with WMDP and MMLU:
-
-    from sae_bench.evals.sparse_probing import main as suite
-    sae, acts, _ = evals.open_run(RUN)
-    config = suite.SparseProbingEvalConfig(model_name="gemma-2-2b", llm_dtype="bfloat16",
-                                           llm_batch_size=32, k_values=[1, 2, 5, 10, 20, 50])
-    suite.run_eval(config, [("mine", ForSAEBench(sae, acts))], "cuda", "saebench", True,
-                   save_activations=False)                 # they are tens of GB
+The other two run sae-bench's program, data sets and settings; results go to RUN/saebench/ in its
+format. They need `pip install sae-bench`, best in an environment of its own, which also runs this
+project; the hub; and for unlearning WMDP's gated bio-forget-corpus where sae-bench looks for it.
 """
+import sys
 from functools import partial
+from pathlib import Path
 
 import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 
 from evals import NOTHING_SCORED, coded, run_eval
+
+KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first three
 
 
 @torch.no_grad()
@@ -133,7 +133,64 @@ class ForSAEBench(torch.nn.Module):
                      .to(self.dtype))       # an encoder may read K copies side by side: their sum
 
 
-main = partial(run_eval, "saebench", evaluate, __doc__)
+def run_sparse_probing(saes, acts, out, kept):
+    """Its eight data sets, 4000 texts to train and 1000 to test a question."""
+    from sae_bench.evals.sparse_probing import main as program
+    config = program.SparseProbingEvalConfig(
+        model_name=saes[0][1].cfg.model_name, llm_dtype=str(acts.lm.dtype)[6:],
+        llm_batch_size=acts.cfg.lm_batch, k_values=KS)
+    found = program.run_eval(
+        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept),
+        save_activations=False)                            # they are tens of GB
+    return found.popitem()[1]["eval_result_metrics"]
+
+
+def run_unlearning(saes, acts, out, kept):
+    """WMDP-bio against four sets of MMLU; a chat model with the SAE of its base model."""
+    from sae_bench.evals.unlearning import main as program
+    model = saes[0][1].cfg.model_name
+    model += "-it" if model == "gemma-2-2b" else ""
+    config = program.UnlearningEvalConfig(
+        model_name=model, llm_dtype=str(acts.lm.dtype)[6:],
+        llm_batch_size=max(1, acts.cfg.lm_batch // 8))     # its sequences are 8 times as long
+    found = program.run_eval(
+        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept))
+    asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
+    counts = {file.stem.removesuffix("_correct"): len(file.read_text().split()) for file in asked}
+    return {**found.popitem()[1]["eval_result_metrics"], "questions": {"questions": counts}}
+
+
+SUITES = {"sparse_probing": run_sparse_probing, "unlearning": run_unlearning}
+
+
+def run_suite(suite, sae, acts, folder):
+    """SAEBench's own `suite` on this SAE -> its metrics; {"skipped": [...]} where its data or
+    language model cannot be had. UserError without sae-bench."""
+    if acts.lm is None:
+        return {"skipped": [f"SAEBench's {suite} needs a language model; synthetic data has none"]}
+    try:
+        adapter, out = ForSAEBench(sae, acts), folder / "saebench"
+        kept = out if acts.cfg.cache == "none" else Path(acts.cfg.cache) / "saebench"
+        # named by its weights too: SAEBench goes on from what it finds under a name
+        name = f"{folder.name}-{common.checksum(sae.state_dict())[:8]}"
+        groups = SUITES[suite]([(name, adapter)], acts, out, kept)
+    except ImportError as error:
+        raise common.UserError("SAEBench is not installed (pip install sae-bench, best in an "
+                               f"environment of its own): {error}.") from None
+    except Exception as error:      # hub, gated data, models it does not know: many kinds
+        why = f"{type(error).__name__}: {common.one_line(error)}"
+        return {"skipped": [f"SAEBench's {suite}: {why}"]}
+    return {metric: value for group in groups.values() for metric, value in group.items()
+            if value is not None}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) > 1 and argv[1] in SUITES:
+        suite = argv.pop(1)
+        return run_eval(f"saebench_{suite}", partial(run_suite, suite), __doc__, argv)
+    return run_eval("saebench", evaluate, __doc__, argv)
+
 
 if __name__ == "__main__":
     raise SystemExit(main())
