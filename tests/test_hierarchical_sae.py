@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from tests.helpers import config, refused_with
+from tests.helpers import config, mixed, refused_with, shake
 from tests.test_mtsae import cosine
-from tests.test_scripts import agree, logged, mixed, recovered, shake
+from tests.test_scripts import agree, logged, recovered
 from tests.test_tsae import keep_largest, standard
 
 

@@ -5,8 +5,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import config, folder, log, tiny
-from tests.test_scripts import agree, logged, mixed, shake
+from tests.helpers import config, folder, log, mixed, shake, tiny
+from tests.test_scripts import agree, logged
 from tests.test_tsae import keep_largest
 
 PAPERS = ("extraction", "unlearning")

@@ -2,8 +2,8 @@
 import temporal_lens                # before torch: common.py sets how OpenMP threads wait
 import torch
 
-from tests.helpers import config, folder, log, tiny, weights
-from tests.test_scripts import agree, logged, mixed, recovered, shake
+from tests.helpers import config, folder, log, mixed, shake, tiny, weights
+from tests.test_scripts import agree, logged, recovered
 from tests.test_tsae import keep_largest, standard
 
 
