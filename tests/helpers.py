@@ -32,6 +32,7 @@ SCRIPTS = {module.__name__: module for module in (tsae, temporal_lens, mtsae, hi
 SAES = dict(zip(SCRIPTS, ("TSAE", "TemporalLens", "MTSAE", "HierarchicalSAE")))
 TINY = ("--model", "synthetic", "--tokens", 4096, "--heldout_tokens", 1024, "--T", 32,
         "--batch_size", 4, "--cache", "none", "--save_every", 10)
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
 replaced = mock.patch.object    # with replaced(owner, "name", value): for a while
 
