@@ -160,11 +160,11 @@ def test_topk_fast_equals_plain_in_values_and_gradients():
     assert common.gather_pays(h, 40, 5) and not common.gather_pays(h, 40, 6)
 
 
-def stopping(action, at, layer=None):
-    """common.Run.log that calls action() behind a step."""
+def stopping(action, at=25, layer=0):
+    """common.Run.log that calls action() behind a step of one layer."""
     def stop(self, step, *args, real=common.Run.log, **more):
         real(self, step, *args, **more)
-        if step == at and layer in (None, self.acts.layer):
+        if (step, self.acts.layer) == (at, layer):
             action()
     return replaced(common.Run, "log", stop)
 
@@ -197,56 +197,36 @@ def test_two_processes_equal_one_and_resume_exactly():
 
 
 def test_stopped_runs_resume_exactly():
-    """By Ctrl-C or SIGTERM, which save, by a crash behind the last save, or in the evaluation:
-    resumed, byte for byte the uninterrupted run."""
-    interrupt, terminate, crash = (stopping(action, 25) for action in (
+    """By Ctrl-C or SIGTERM, which save, by a crash behind the last save, in the second layer or in
+    the evaluation: the same command goes on, byte for byte the uninterrupted run."""
+    interrupt, terminate, crash = (stopping(action) for action in (
         lambda: os.kill(os.getpid(), signal.SIGINT), lambda: os.kill(os.getpid(), signal.SIGTERM),
         lambda: sys.exit(9)))
-    for script, stop, wanted, *more in (
-            ("tsae", interrupt, 130, "--save_every", 1000),
-            ("tsae", terminate, 143, "--save_every", 1000),
-            ("tsae", replaced(core, "evaluate", side_effect=KeyboardInterrupt), 130),
-            ("tsae", crash, 9, "--warmup", 40), ("temporal_lens", crash, 9),
-            ("hierarchical_sae", crash, 9),
-            ("mtsae", crash, 9, "--resample_every", 12, "--dead_after", 6, "--l1", 2)):
-        with folder():
-            flags = (*TINY, "--steps", 40, "--log_every", 1, *more, "--out")
-            with stop:
-                status, _, err = run(SCRIPTS[script], *flags, "a")
-            assert status == wanted and (stop is crash or "--resume a" in err), err
-            for args in (("--resume", "a"), (*flags, "whole")):
-                status, _, err = run(SCRIPTS[script], *args)
-                assert status == 0, err
-            same_files("a", "whole")
-            assert not [*Path().glob("*/checkpoint*"), *Path().glob("*/.*.tmp")]
-            times = Path("a/timing.jsonl").read_text().splitlines()
-            assert [json.loads(line)["step"] for line in times] == list(range(40)), "not once each"
-
-
-def test_one_command_goes_on_with_several_layers():
     with folder() as here:
-        flags = (*saved_lm(here), "--layer", "0,2", "--steps", 12, "--save_every", 5,
-                 "--resume", "auto", "--out")
-        with stopping(lambda: sys.exit(9), 6, layer=2):
-            assert run(tsae, *flags, "a")[0] == 9
-        assert run(tsae, *flags, "a")[0] == run(tsae, *flags, "whole")[0] == 0
-        for layer in ("L0", "L2"):
-            same_files(f"a/{layer}", f"whole/{layer}")
+        for i, (script, stop, wanted, *more) in enumerate((
+                ("tsae", interrupt, 130, "--save_every", 1000),
+                ("tsae", terminate, 143, "--save_every", 1000),
+                ("tsae", replaced(core, "evaluate", side_effect=KeyboardInterrupt), 130),
+                ("tsae", crash, 9, "--warmup", 40), ("temporal_lens", crash, 9),
+                ("hierarchical_sae", crash, 9),
+                ("mtsae", crash, 9, "--resample_every", 12, "--dead_after", 6, "--l1", 2),
+                ("tsae", stopping(lambda: sys.exit(9), 25, layer=2), 9, *saved_lm(here),
+                 "--layer", "0,2"))):
+            flags = (*TINY, "--steps", 40, "--log_every", 1, *more, "--resume", "auto", "--out")
+            with stop:
+                status, _, err = run(SCRIPTS[script], *flags, f"a{i}")
+            assert status == wanted and (wanted == 9 or f"--resume a{i}" in err), err
+            for out in (f"a{i}", f"whole{i}"):
+                status, _, err = run(SCRIPTS[script], *flags, out)
+                assert status == 0, err
+            for path in Path(f"a{i}").rglob("timing.jsonl"):
+                same_files(path.parent, Path(f"whole{i}", *path.parent.parts[1:]))
+                steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+                assert steps == list(range(40)), "not once each"
+        assert not [*here.rglob("checkpoint*"), *here.rglob(".*.tmp")]
 
 
-def test_existing_runs_are_not_lost():
-    with folder():
-        tiny(tsae, "a", 12)
-        again = (*TINY, "--steps", 12, "--out", "a")
-        refused(*again, words=["--overwrite"])
-        for flag, words in (("--l1", ["l1", "inf"]), ("--lr", ["W_dec", "first step"])):
-            refused(*again, "--overwrite", flag, 1e300, words=words)
-        refused("--resume", "a", words=["finished"])
-        tiny(tsae, "a", 14, "--overwrite")
-        assert log("a")[-1]["step"] == 13
-
-
-def test_what_a_resumed_run_stands_on_is_checked():
+def test_no_run_is_lost_or_goes_on_as_another():
     with folder() as here:
         with replaced(common.Run, "evaluate", lambda *_: {}):            # an unfinished run
             assert run(tsae, *TINY, "--steps", 12, "--out", "a")[0] == 0
@@ -264,7 +244,13 @@ def test_what_a_resumed_run_stands_on_is_checked():
         with open(here / "a/.lock", "w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             refused("--resume", "a", words=["another process"])
-        assert run(tsae, "--resume", "a")[0] == 0
+        assert run(tsae, "--resume", "a")[0] == 0                        # now it is finished
+        for flags, words in (((), ["--overwrite"]), (("--resume", "a"), ["finished"]),
+                             (("--overwrite", "--l1", 1e300), ["l1", "inf"]),
+                             (("--overwrite", "--lr", 1e300), ["W_dec", "first step"])):
+            refused(*TINY, "--steps", 12, "--out", "a", *flags, words=words)
+        tiny(tsae, "a", 14, "--overwrite")
+        assert log("a")[-1]["step"] == 13
 
 
 def test_full_disk_and_non_finite_numbers_are_one_sentence():
@@ -287,7 +273,7 @@ def test_full_disk_and_non_finite_numbers_are_one_sentence():
         refused_with(word, common.Activations, acts.cfg, None, 0, store, store)
 
 
-if __name__ == "__main__":                                 # started by `elsewhere`
+if __name__ == "__main__":                                 # started by torchrun
     kill, commands = json.loads(sys.argv[1])
     with stopping(lambda: os.kill(os.getpid(), signal.SIGKILL), kill):
         for script, *flags in commands:

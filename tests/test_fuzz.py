@@ -1,5 +1,4 @@
 """Wrong flags and damaged files: status 2, one sentence, no traceback, nothing changed."""
-import json
 import os
 import typing
 
@@ -32,6 +31,7 @@ STRINGS = {  # bad values of the fields that are free text; FILE and FOREIGN are
     "resume": ("nowhere", "FILE", "FOREIGN", LONG, "/dev/null", "FILE/x", "..."),
     "eval": ("x", "core,x", "..", "steer", "__init__", "CORE", "core temporal"),
     "rates": ("", "x", "0", "-1", "1,1", "1.5", "1,,4")}
+GARBAGE = (b"", b"null", b"[]", b'"x"', b"\xff" * 64, b"[" * 10 ** 5)
 WRONG = (None, [], {}, "x", -1, 1e300, True, 0, [[None]])
 
 
@@ -69,53 +69,55 @@ def test_bad_flags_and_texts_are_refused():
                     refused(*base, f"--{name}={value}", module=module)
 
 
-def damaged_json(raw, *names):
-    """No such file: cut, of another type, or with a wrong or no value at one of the names."""
-    yield from (b"", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 10 ** 5, raw[1:])
-    yield from (raw[:place] for place in range(2, len(raw) - 2, len(raw) // 5))
+def wrong_json(path, *names):
+    """Write the json object with a wrong or no value at one of the names; yield each time."""
+    whole = common.read_json(path)
     for name in names:
-        whole = json.loads(raw)
         inner = whole["config"] if name in whole["config"] else whole
         good = inner.pop(name)
-        yield json.dumps(whole).encode()
+        yield common.write_json(path, whole)
         for value in WRONG:
             if type(value) is not type(good) and not (value == 0 and type(good) is float):
                 inner[name] = value
-                yield json.dumps(whole).encode()
+                yield common.write_json(path, whole)
+        inner[name] = good
 
 
-def damaged_tensors(path):
-    """Cut, of another type, with one bit turned round; then well-formed, but with a tensor or a
-    note that does not belong there."""
+def wrong_tensors(path):
+    """One bit turned round; then well-formed, but a tensor or a note does not belong there."""
     raw, (tensors, meta) = path.read_bytes(), common.load_tensors(path)
-    yield from (b"", b"null", raw[:8], raw[8:], b"\xff" * 64, raw + b"\0", raw[:-1])
     for place in (*range(0, 2000, 191), *range(2000, len(raw), len(raw) // 5)):
-        yield raw[:place] + bytes([raw[place] ^ 1 << place % 8]) + raw[place + 1:]
-    others = [({k: v for k, v in tensors.items() if k != name}, meta) for name in tensors]
-    others += [({**tensors, name: t.new_zeros(3)}, meta) for name, t in tensors.items() if t.dim()]
-    others += [(tensors, {**meta, key: value}) for key in meta or () for value in WRONG
-               if key != "world" and type(value) not in (type(meta[key]), bool, int)]
-    for case in others:
-        common.save_tensors(path, *case)
-        yield path.read_bytes()
+        flipped = bytes([raw[place] ^ 1 << place % 8])
+        yield path.write_bytes(raw[:place] + flipped + raw[place + 1:])
+    for name, t in tensors.items():
+        yield common.save_tensors(path, {k: v for k, v in tensors.items() if k != name}, meta)
+        if t.dim():
+            yield common.save_tensors(path, {**tensors, name: t.new_zeros(3)}, meta)
+    for key in set(meta or ()) - {"world"}:
+        for value in WRONG:
+            if type(value) not in (type(meta[key]), bool, int):
+                yield common.save_tensors(path, tensors, {**meta, key: value})
 
 
 def test_damaged_runs_are_refused():
-    fields = tuple(tsae.Config.__dataclass_fields__)
-    resume, again = (tsae, "--resume", "half"), (temporal, "done")
+    """Files that are cut, of another type, or well-formed with something wrong inside."""
+    fields, half, done = tuple(tsae.Config.__dataclass_fields__), ("--resume", "half"), ("done",)
     with folder() as here:
         tiny(tsae, "done", 12)
         with replaced(common.Run, "evaluate", lambda *_: {}):
             run(tsae, *TINY, "--steps", 12, "--out", "half")
-        for name, command, *names in (
-                ("done/config.json", again, "script", "class", "config", *fields),
-                ("half/config.json", resume, *fields), ("done/eval.json", again),
-                ("done/sae_weights.safetensors", again),
-                ("half/checkpoint.safetensors", resume)):
-            path, raw = here / name, (here / name).read_bytes()
-            tensors = name.endswith("tensors")
-            for text in damaged_tensors(path) if tensors else damaged_json(raw, *names):
+        for path, module, flags, wrong, *names in (
+                (here / "done/config.json", temporal, done, wrong_json, "script", "class", "config",
+                 *fields), (here / "half/config.json", tsae, half, wrong_json, *fields),
+                (here / "done/eval.json", temporal, done, wrong_json),
+                (here / "done/sae_weights.safetensors", temporal, done, wrong_tensors),
+                (here / "half/checkpoint.safetensors", tsae, half, wrong_tensors)):
+            raw = path.read_bytes()
+            for text in (*GARBAGE, raw[1:], *(raw[:len(raw) * i // 8] for i in range(1, 8))):
                 path.write_bytes(text)
-                refused(*command[1:], module=command[0])
+                refused(*flags, module=module)
             path.write_bytes(raw)
-        assert run(*resume)[0] == 0 and run(*again)[0] == 0, "the originals are good"
+            for _ in wrong(path, *names):
+                refused(*flags, module=module)
+            path.write_bytes(raw)
+        assert run(tsae, *half)[0] == run(temporal, *done)[0] == 0, "the originals are good"
