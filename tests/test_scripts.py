@@ -15,8 +15,7 @@ import hierarchical_sae
 import mtsae
 import temporal_lens
 import tsae
-from tests.helpers import (SAES, SCRIPTS, config, folder, log, mixed, model, replaced, run, tiny,
-                           weights)
+from tests.helpers import SCRIPTS, config, folder, log, mixed, model, replaced, run, tiny, weights
 
 # --- Comparing with a reference --------------------------------------------------------------
 
@@ -162,8 +161,6 @@ SCHEDULES = (  # function, flags, number of steps where it is asked for, {step: 
     (tsae.recon_boost, dict(warmup=2000), (), {
         t: eq_4(t) for t in (0, 999, 1000, 1500, 1999, 2000, 5000)}),
     (tsae.recon_boost, dict(warmup=0), (), {0: 1, 1: 1}),
-    (tsae.temporal_ramp, dict(warmup=2000, ramp_from=1000), (), {
-        0: 0, 1000: 0, 1500: 0.5, 2000: 1, 3000: 1}),
     (tsae.lr_factor, dict(lr_warmup=1000), (), {0: 0.001, 499: 0.5, 999: 1, 9999: 1}),
     (tsae.lr_factor, dict(lr_warmup=0), (), {0: 1, 9: 1}),
     (mtsae.lr_factor, dict(lr_warmup=1000), (4000,), {0: 0.001, 999: 1, 3999: 1}),
@@ -226,14 +223,12 @@ def test_every_parameter_moves_and_the_loss_falls():
                 tiny(SCRIPTS[script], out, steps, "--eval", "none", "--lr", 3e-3, "--lr_warmup", 1,
                      "--log_every", 1, *more, *flags.split())
             a, b, rows = weights("a"), weights("b"), log("b")
-            opened = evals.open_run("b")[0]
+            evals.open_run("b")                                # the weights fit their config.json
         same = {name for name, value in a.items() if value.is_floating_point() and value.numel() > 1
                 and torch.equal(value, b[name])}
         still = {"alpha"} if "static" in flags else set()
         still |= {"margin_mean", "margin_std"} if "no-adapt" in flags else set()
         assert same - {"mean", "route_ema"} == still, (case, same)
-        assert type(opened).__name__ == SAES[script], case
-        assert all(torch.equal(value, b[k]) for k, value in opened.state_dict().items()), case
         assert (b["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5, case
         assert all(math.isfinite(v) for row in rows for v in row.values()), case
         errors = [row["error"] for row in rows]
@@ -247,14 +242,13 @@ def test_without_their_mechanism_scripts_are_the_standard_sae_bit_for_bit():
                     ("standard", tsae, "--no-temporal"),
                     ("tsae", tsae, "--temporal_scale 0 --layer_norm off --boost 1 --grad_noise 0 "
                                    "--no-buffers --clip 0"),
-                    ("seed", tsae, "--no-temporal --seed 7"),
                     ("lens", temporal_lens, "--no-masks --uniform_weights --pre_bias"),
                     ("other", tsae, "--layer_norm off --boost 1 --no-buffers --clip 0")):
                 tiny(module, out, 12, "--eval", "none", *flags.split(), *topk)
             standard = weights("standard")
-            for out in ("tsae", "lens", "other", "seed"):
+            for out in ("tsae", "lens", "other"):
                 same = [torch.equal(weights(out)[k], v) for k, v in standard.items()]
-                assert all(same) == (out in ("tsae", "lens")), (out, topk)
+                assert all(same) == (out != "other"), (out, topk)
 
 
 def recovered(script, *flags):
