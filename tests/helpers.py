@@ -8,7 +8,6 @@ import json
 import lzma
 import os
 import re
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -33,6 +32,7 @@ SCRIPTS = {module.__name__: module for module in (tsae, temporal_lens, mtsae, hi
 SAES = dict(zip(SCRIPTS, ("TSAE", "TemporalLens", "MTSAE", "HierarchicalSAE")))
 TINY = ("--model", "synthetic", "--tokens", 4096, "--heldout_tokens", 1024, "--T", 32,
         "--batch_size", 4, "--cache", "none", "--save_every", 10)
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
 replaced = mock.patch.object    # with replaced(owner, "name", value): for a while
 
@@ -49,25 +49,11 @@ def folder():
         yield Path(path)
 
 
-@contextlib.contextmanager
-def modules(**others):
-    """Modules (or None: not there) in the place of those of these names, for a while."""
-    before = {name: sys.modules[name] for name in others if name in sys.modules}
-    sys.modules.update(others)
-    try:
-        yield
-    finally:
-        for name in others:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
 def run(module, *flags):
     """module.main(flags) with its output caught -> (exit status, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
-    draw = figures.training if module is figures else lambda folder: None     # takes a second
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-            replaced(figures, "training", draw):
+            replaced(figures, "training", lambda folder: None):     # takes a second
         try:
             status = module.main([str(flag) for flag in flags])
         except SystemExit as stop:
@@ -99,8 +85,7 @@ def same_files(a, b):
 
 def refused(*flags, words=(), module=tsae):
     """The command ends with status 2 and one sentence that holds the words; no file changes."""
-    def files():
-        return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    files = lambda: {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     before = files()
     status, _, err = run(module, *flags)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -123,22 +108,29 @@ def config(module, **values):
     return dataclasses.replace(cfg, **{**derived, **values})
 
 
-def model(script, D=16, seed=0, **values):
-    """A script's SAE with biases that are not zero, so that no term hides."""
-    torch.manual_seed(seed)
-    module = SCRIPTS[script]
-    sae = getattr(module, SAES[script])(D, config(module, **{"expansion": 2, **values}))
-    for bias in (sae.b_enc, sae.b_dec):
-        nn.init.normal_(bias, std=0.1)
+def shake(sae, scale=2.0):
+    """Random values for what starts at a constant (biases, gains), so that every path counts."""
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in sae.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=gen))
+        sae.scale.fill_(scale)
     return sae
 
 
-def data(B=3, T=12, D=16, seed=1, masked=((0, 3), (0, 4), (2, 11))):
-    """x (B, T, D) and a mask (B, T) with holes."""
-    mask = torch.ones(B, T, dtype=torch.bool)
-    for b, t in masked:
-        mask[b, t:t + 1] = False                           # nothing where the window is shorter
-    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(seed)), mask
+def model(script, D=16, **values):
+    """A script's untrained SAE, shaken."""
+    cfg = config(SCRIPTS[script], **{"expansion": 2, **values})
+    return shake(getattr(SCRIPTS[script], SAES[script])(D, cfg))
+
+
+def mixed(B=3, T=20, D=6, seed=4):
+    """Windows (B, T, D) and masks: with holes, short (padded at the end), without a token."""
+    gen = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, T, generator=gen) > 0.3
+    mask[1], mask[2] = torch.arange(T) < T // 2 + 1, False
+    return 2 * torch.randn(B, T, D, generator=gen) + 0.5, mask
 
 
 def relative(a, b):
@@ -157,24 +149,14 @@ def saebench():
             json.loads(path.with_suffix(".json").read_text()))
 
 
-class LinearSAE(nn.Module):
-    """f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec."""
-    causal, scale = True, 1.0                             # features in raw units
+class LinearSAE(tsae.TSAE):
+    """The standard SAE of given weights in raw units: f = relu((x - b_dec) W_enc + b_enc)."""
 
     def __init__(self, W_enc, W_dec, b_enc=0.0, b_dec=0.0):
-        super().__init__()
+        super().__init__(len(W_enc), config(tsae, temporal=False))
         biases = torch.zeros(len(W_dec)) + b_enc, torch.zeros(len(W_enc)) + b_dec
-        self.W_enc, self.W_dec, self.b_enc, self.b_dec = (
-            nn.Parameter(value.float()) for value in (W_enc, W_dec, *biases))
-
-    def encode(self, x, mask=None):
-        return torch.relu((x - self.b_dec) @ self.W_enc + self.b_enc)
-
-    def decode(self, f):
-        return f @ self.W_dec + self.b_dec
-
-    def forward(self, x, mask=None):
-        return self.decode(self.encode(x)), self.encode(x)
+        for name, value in zip(("W_enc", "W_dec", "b_enc", "b_dec"), (W_enc, W_dec, *biases)):
+            setattr(self, name, nn.Parameter(value.float()))
 
 
 def zero_sae(D, n_features):

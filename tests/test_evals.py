@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import types
 
-from tests.helpers import (SCRIPTS, WORDS, Heldout, LinearSAE, close, data, data_folder, folder,
-                           make_acts, model, refused_with, relative, run, saebench, skip,
+from tests.helpers import (SCRIPTS, WORDS, Heldout, LinearSAE, close, data_folder, folder,
+                           make_acts, mixed, model, refused_with, relative, run, saebench, skip,
                            tiny, walk, words_lm, zero_sae)
 from tests.test_tsae import keep_largest
 
@@ -276,7 +276,7 @@ def test_positions_by_hand():
     for column, found in zip(profile.T, positions.spans(profile)):
         assert found == next(w for w in range(1, 24) for s in range(24 - w)
                              if column[s:s + w].sum() >= column.sum() / 2 * (1 - 1e-9))
-    sae, (x, mask) = model("temporal_lens", D=6, T=12), data(B=37, D=6)
+    sae, (x, mask) = model("temporal_lens", D=6, T=12), mixed(B=37, T=12)
     acts = Heldout(x, mask)
     (error, energy, scored), profiles, off = positions.measure(sae, acts)
     x_hat, f = (v.detach() for v in sae(x, mask))

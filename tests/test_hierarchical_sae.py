@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from tests.helpers import refused_with
+from tests.helpers import mixed, refused_with
 from tests.test_mtsae import cosine
-from tests.test_scripts import mixed, recovered
+from tests.test_scripts import recovered
 from tests.test_tsae import follows, keep_largest, shaken, standard
 
 

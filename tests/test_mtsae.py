@@ -5,8 +5,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import folder, log, model, tiny
-from tests.test_scripts import mixed
+from tests.helpers import folder, log, mixed, model, tiny
 from tests.test_tsae import follows, keep_largest, shaken, standard
 
 PAPERS = ("extraction", "unlearning")

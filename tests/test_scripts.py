@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import sys
+from unittest import mock
 
 import torch
 
@@ -14,7 +15,7 @@ import hierarchical_sae
 import mtsae
 import temporal_lens
 import tsae
-from tests.helpers import SAES, SCRIPTS, config, folder, log, model, replaced, run, tiny, weights
+from tests.helpers import SCRIPTS, config, folder, log, mixed, model, replaced, run, tiny, weights
 
 # --- Comparing with a reference --------------------------------------------------------------
 
@@ -71,25 +72,6 @@ def logged(stats, f, sae, x, mask, case=""):
     assert abs(stats["active"] - (f[mask] != 0).sum(-1).float().mean()) < 1e-4, case
 
 
-def mixed(T=20, D=6, seed=4, offset=0.5):
-    """Windows (3, T, D) and masks: with holes, short (padded at the end), without a token."""
-    gen = torch.Generator().manual_seed(seed)
-    mask = torch.rand(3, T, generator=gen) > 0.3
-    mask[1], mask[2] = torch.arange(T) < T // 2 + 1, False
-    return 2 * torch.randn(3, T, D, generator=gen) + offset, mask
-
-
-def shake(sae, size=0.3, scale=2.0):
-    """Random values for what starts at a constant (biases, gains), so that every path counts."""
-    gen = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in sae.parameters():
-            if p.dim() == 1:
-                p.add_(size * torch.randn(p.shape, generator=gen))
-        sae.scale.fill_(scale)
-    return sae
-
-
 # --- Invariants of any model: what may influence what ----------------------------------------
 
 
@@ -108,35 +90,32 @@ CASES = [(script, flags) for script, rows in {    # these are also trained, belo
         "--activation topk --k 9 --causal --lambda_temp 0")}.items() for flags in rows]
 
 
+def values(script, flags):
+    """The fields that the flags set, and what they are set to."""
+    cfg, given = common.parse_args(SCRIPTS[script].Config, flags.split(), "")
+    return {name: getattr(cfg, name) for name in given}
+
+
 def test_invariants_of_every_model():
     """Masked tokens are heard by nobody; only models that are not causal look ahead; decode is
     affine with unit rows; the projection removes the gradient along them and nothing else."""
     x, mask = mixed(D=16)
     loud = torch.where(mask[..., None], x, 1e3)
     for case in CASES:
-        script, module, n = case[0], SCRIPTS[case[0]], mask.sum()
-        cfg, given = common.parse_args(module.Config, case[1].split(), "")
-        values = {name: getattr(cfg, name) for name in given}
-        sae = shake(model(script, **{**dict(T=20, expansion=1), **values}))
-        if script == "mtsae":
-            n = torch.stack([n, (mask[:, 1:] & mask[:, :-1]).sum()])
+        module, sae = SCRIPTS[case[0]], model(case[0], **{"T": 20, "expansion": 1, **values(*case)})
         codes = [sae.encode(z, mask)[mask] for z in (x, loud)]
         assert torch.allclose(*codes, atol=1e-4), case
-        terms, noisy = (module.losses(sae, z, mask, n, 700, sae.cfg)[0] for z in (x, loud))
-        assert all(abs(noisy[k] - terms[k]) <= 1e-4 * abs(terms[k]) + 1e-7 for k in terms), case
-
         x_hat, f = sae(x, mask)
-        affine = (f @ sae.W_dec + sae.b_dec) * sae.scale
-        assert torch.allclose(sae.decode(f), affine, atol=1e-4), case
-        assert torch.allclose(x_hat, affine, atol=1e-4), case
+        for found in (x_hat, sae.decode(f)):
+            affine = (f @ sae.W_dec + sae.b_dec) * sae.scale
+            assert torch.allclose(found, affine, atol=1e-4), case
         assert sae.W_enc.t().is_contiguous(), case             # the fast TopK wants it so
 
-        sum(terms.values()).backward()
-        before, W = sae.W_dec.grad.clone(), sae.W_dec.detach().clone()
-        along = (before * W).sum(1, keepdim=True)
+        W, slope = sae.W_dec.detach().clone(), torch.randn(sae.W_dec.shape)
+        sae.W_dec.grad = slope.clone()
         module.remove_parallel_gradient(sae)
-        assert along.abs().max() > 1e-3 * before.norm(), case
-        assert (sae.W_dec.grad - (before - along * W)).abs().max() < 1e-5 * before.norm(), case
+        across = slope - (slope * W).sum(1, keepdim=True) * W
+        assert torch.allclose(sae.W_dec.grad, across, atol=1e-5), case
         sae.W_dec.data.mul_(3.0)
         module.normalize_decoder(sae)
         assert torch.allclose(sae.W_dec, W, atol=1e-5), case
@@ -154,6 +133,22 @@ def test_invariants_of_every_model():
                 raise AssertionError(case)
 
 
+def test_no_tensor_is_made_on_the_wrong_device():
+    """Whole training steps with all tensors on torch's meta device: mixing with the CPU raises."""
+    meta, AdamW, x = torch.device("meta"), torch.optim.AdamW, torch.randn(4, 32, 16, device="meta")
+    loop = mock.Mock(total=2, steps=lambda: range(2), log_due=lambda step: False)
+    acts = mock.Mock(D=16, steps=2, scale=1.0, mean=x[0, 0], device=meta,
+                     batch=lambda step: (x, x[..., 0] > 0), autocast=contextlib.nullcontext)
+    adamw = lambda *args, **flags: AdamW(*args, **{**flags, "fused": False})   # fused: not on meta
+    seeded = lambda seed, name, device="cpu": torch.Generator() if device == "cpu" else None
+    with replaced(torch.optim, "AdamW", adamw), mock.patch.multiple(
+            common, Run=lambda *_: loop, generator=seeded, gather_pays=lambda *_: True):
+        for case in CASES:
+            SCRIPTS[case[0]].train(config(SCRIPTS[case[0]], **values(*case)), acts)
+            for call in loop.log.call_args_list:
+                assert all(v.device == meta and v.dim() == 0 for v in call.args[1].values()), case
+
+
 # --- Schedules and defaults ------------------------------------------------------------------
 
 
@@ -166,8 +161,6 @@ SCHEDULES = (  # function, flags, number of steps where it is asked for, {step: 
     (tsae.recon_boost, dict(warmup=2000), (), {
         t: eq_4(t) for t in (0, 999, 1000, 1500, 1999, 2000, 5000)}),
     (tsae.recon_boost, dict(warmup=0), (), {0: 1, 1: 1}),
-    (tsae.temporal_ramp, dict(warmup=2000, ramp_from=1000), (), {
-        0: 0, 1000: 0, 1500: 0.5, 2000: 1, 3000: 1}),
     (tsae.lr_factor, dict(lr_warmup=1000), (), {0: 0.001, 499: 0.5, 999: 1, 9999: 1}),
     (tsae.lr_factor, dict(lr_warmup=0), (), {0: 1, 9: 1}),
     (mtsae.lr_factor, dict(lr_warmup=1000), (4000,), {0: 0.001, 999: 1, 3999: 1}),
@@ -230,17 +223,14 @@ def test_every_parameter_moves_and_the_loss_falls():
                 tiny(SCRIPTS[script], out, steps, "--eval", "none", "--lr", 3e-3, "--lr_warmup", 1,
                      "--log_every", 1, *more, *flags.split())
             a, b, rows = weights("a"), weights("b"), log("b")
-            opened = evals.open_run("b")[0]
+            evals.open_run("b")                                # the weights fit their config.json
         same = {name for name, value in a.items() if value.is_floating_point() and value.numel() > 1
                 and torch.equal(value, b[name])}
         still = {"alpha"} if "static" in flags else set()
         still |= {"margin_mean", "margin_std"} if "no-adapt" in flags else set()
         assert same - {"mean", "route_ema"} == still, (case, same)
-        assert type(opened).__name__ == SAES[script], case
-        assert all(torch.equal(value, b[k]) for k, value in opened.state_dict().items()), case
         assert (b["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5, case
         assert all(math.isfinite(v) for row in rows for v in row.values()), case
-        assert all(value.isfinite().all() for value in b.values()), case
         errors = [row["error"] for row in rows]
         assert errors[1] == 0 < errors[2] and errors[-1] < 0.95 * errors[0], (case, errors)
 
@@ -252,14 +242,13 @@ def test_without_their_mechanism_scripts_are_the_standard_sae_bit_for_bit():
                     ("standard", tsae, "--no-temporal"),
                     ("tsae", tsae, "--temporal_scale 0 --layer_norm off --boost 1 --grad_noise 0 "
                                    "--no-buffers --clip 0"),
-                    ("seed", tsae, "--no-temporal --seed 7"),
                     ("lens", temporal_lens, "--no-masks --uniform_weights --pre_bias"),
                     ("other", tsae, "--layer_norm off --boost 1 --no-buffers --clip 0")):
                 tiny(module, out, 12, "--eval", "none", *flags.split(), *topk)
             standard = weights("standard")
-            for out in ("tsae", "lens", "other", "seed"):
+            for out in ("tsae", "lens", "other"):
                 same = [torch.equal(weights(out)[k], v) for k, v in standard.items()]
-                assert all(same) == (out in ("tsae", "lens")), (out, topk)
+                assert all(same) == (out != "other"), (out, topk)
 
 
 def recovered(script, *flags):

@@ -2,8 +2,8 @@
 import temporal_lens                # before torch: common.py sets how OpenMP threads wait
 import torch
 
-from tests.helpers import config, folder, log, tiny, weights
-from tests.test_scripts import mixed, recovered
+from tests.helpers import config, folder, log, mixed, tiny, weights
+from tests.test_scripts import recovered
 from tests.test_tsae import follows, keep_largest, shaken, standard
 
 

@@ -3,8 +3,8 @@ import tsae                         # before torch: common.py sets how OpenMP th
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import Heldout, LinearSAE, config, model
-from tests.test_scripts import agree, eq_4, logged, mixed, shake
+from tests.helpers import Heldout, LinearSAE, config, mixed, model, shake
+from tests.test_scripts import agree, eq_4, logged
 
 
 def shaken(script, D=6, **values):
