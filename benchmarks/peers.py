@@ -100,6 +100,9 @@ class FixedModel(torch.nn.Module):
 
 def sparsify(activation, D, width, dtype, steps):
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if activation == "ReLU" or bf16 != (dtype == torch.bfloat16):
+        raise ValueError("no ReLU SAE; bf16 on CUDA only, and there always")
     acts = RandomActivations(D, dtype)
     model = FixedModel(batches(acts))
     data = [{"input_ids": torch.zeros(LENGTH, dtype=torch.long)}] * (SEQUENCES * (steps + 2))
@@ -116,15 +119,8 @@ LIBRARIES = {  # name: (package, driver)
     "sparsify": ("eai-sparsify", sparsify)}
 
 
-def refusal(library, activation, dtype):
-    """Why a library has no such case; "" where it has."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()    # always autocast then
-    return "" if library != "sparsify" else "no ReLU SAE" if activation == "ReLU" else (
-        f"bf16 {'always' if cuda else 'on CUDA only'}" if cuda != (dtype == torch.bfloat16) else "")
-
-
 def one(library, D, dtypes, expansions):
-    """Every case of a library in this process -> [{activation, dtype, F, reason, seconds}]."""
+    """Every case of a library in this process -> [{activation, dtype, F, seconds or reason}]."""
     rows, (package, driver) = [], LIBRARIES[library]
     os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     if not torch.cuda.is_available():
@@ -133,15 +129,13 @@ def one(library, D, dtypes, expansions):
         common.fast_process(common.pick_device())
     for activation, name, e in itertools.product(("ReLU", f"TopK {K}"), dtypes, expansions):
         dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": e * D}
-        row["reason"] = refusal(library, activation, dtype)
         steps = 2 * min(3, max(expansions) // e)           # narrow ones are short: three times
         try:
-            if not row["reason"]:
-                row["seconds"] = driver(activation, D, e * D, dtype, steps)
+            row["seconds"] = driver(activation, D, e * D, dtype, steps)
         except Exception as error:                         # theirs: a row says it, the others go on
             if not package:
                 raise
-            row["reason"] = common.one_line(f"{type(error).__name__}: {error}", 90)
+            row["reason"] = common.one_line(repr(error), 90)
         rows.append(row)
     return rows
 
@@ -157,7 +151,7 @@ def measure(D, dtypes, expansions, repeats):
         for name in [*packages][repeat:] + [*packages][:repeat]:          # each first once
             for row in throughput.in_process(f"peers.one{name, D, dtypes, expansions}"):
                 case = row["activation"], row["dtype"], row["F"]
-                found.setdefault((*case, name), row["reason"])
+                found.setdefault((*case, name), row.get("reason", ""))
                 seconds[*case, name] += row.get("seconds", ())
     median = {case: statistics.median(times) for case, times in seconds.items() if times}
     for (*case, name), reason in sorted(found.items(), key=lambda item: item[0][:3]):

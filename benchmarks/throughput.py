@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -63,14 +64,6 @@ class RandomActivations:
         return [end - start for start, end in itertools.pairwise(self.times)]
 
 
-class NoRun:
-    """Stands in for common.Run: yields the steps, writes nothing, reads no value back."""
-    def __init__(self, script, variant, cfg, acts, sae, opt):
-        self.total, self.steps = acts.steps, lambda: range(acts.steps)
-
-    log = evaluate = log_due = lambda self, *args, **more: None
-
-
 def now():
     """The time, in seconds, at which all that was asked of the device is done."""
     if torch.cuda.is_available():
@@ -95,8 +88,10 @@ def step_seconds(script, flags, D, dtype, steps, skip=1, sequences=SEQUENCES, T=
         defaults = getattr(module, "defaults", None)
         cfg = common.configure(module.Config, module.LAPTOP, defaults, flags)
     cfg.steps = steps                                      # now: schedules keep their length
-    acts = RandomActivations(D, dtype, steps, sequences, T)
-    with mock.patch.object(common, "Run", NoRun):
+    acts, nothing = RandomActivations(D, dtype, steps, sequences, T), lambda *args, **more: None
+    run = types.SimpleNamespace(total=steps, steps=lambda: range(steps), log=nothing,
+                                log_due=nothing, evaluate=nothing)     # writes nothing
+    with mock.patch.object(common, "Run", lambda *args: run):
         module.train(cfg, acts)
     acts.batch()                                           # the end of the last step
     return acts.seconds()[skip:]

@@ -9,7 +9,7 @@ import shutil
 import sys
 import types
 
-from tests.helpers import HERE, SCRIPTS, TINY, folder, replaced, run
+from tests.helpers import HERE, TINY, folder, replaced, run
 
 import common
 
@@ -87,15 +87,9 @@ def test_claims_pages_follow_from_the_recorded_numbers():
 
 
 def test_throughput_of_random_gemma_as_a_toy():
-    asked = set()
-
-    def command(script, model, out, layer, more, processes=1, kill=False):
-        asked.add((script, processes, kill, any("--resume" in flag for flag in more)))
-        return {"status": 0}
-    with folder() as here, replaced(throughput, "command", command), silent():
+    with folder() as here, silent():
         throughput.main(["--random_gemma", "--toy", "--cases", "standard, ReLU", "--out", "."])
         table = common.read_json(here / "gpu.json")
-    assert len(asked) == 4 * len(SCRIPTS), "run, two processes, killed, resumed"
     assert len(table["rows"]) == 4 and table["lm_tokens/s"] > 0
     assert all(row.get("tokens/s", 0) > 0 for row in table["rows"] if not row["compile"])
 
@@ -107,4 +101,4 @@ def test_peers_ours_runs_and_a_missing_package_is_a_row():
         rows = peers.measure(16, ["float32"], [4], 1)["rows"]
     ours = [row for row in rows if row["library"] != "other"]
     assert {"library": "other", "reason": "not installed"} in rows and len(ours) == 4
-    assert all(row["ours/this"] > 0 and row["floor/step"] > 0 for row in ours)
+    assert all(row["ours/this"] > 0 and row["plain/this"] > 0 for row in ours)
