@@ -24,7 +24,7 @@ from statistics import fmean
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import common
-
+import mtsae
 import torch
 
 from benchmarks import experiments, throughput
@@ -161,11 +161,6 @@ def spread(values):
     return statistics.pstdev(v - start - slope * t for t, v in enumerate(values))
 
 
-def step(script, *flags, T=128, D=576):
-    """Median seconds of a training step on 16 random sequences."""
-    return statistics.median(throughput.step_seconds(script, flags, D, torch.float32, 6, 2, T=T))
-
-
 def saved_bytes(script, *flags, n):
     """Bytes that autograd keeps for one step on n sequences, each storage once."""
     kept = {}
@@ -177,25 +172,24 @@ def saved_bytes(script, *flags, n):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@torch.no_grad()
-def code_seconds(D):
-    """Seconds to encode and decode with paper D's SAE of width D, as any suppression must."""
-    import mtsae
-    cfg = mtsae.Config(variant="unlearning", **mtsae.VARIANTS["unlearning"])
-    sae, x, mask = mtsae.MTSAE(D, cfg).eval(), torch.randn(8, 128, D), torch.ones(8, 128).bool()
-    return min(throughput.timed(lambda: sae(x, mask)) for _ in range(3))
-
-
 def step_times(repeats=5):
     """Ratios of step times, all cases once a repeat, and of bytes: {metric: {repeat: value}}."""
-    out, plain = collections.defaultdict(dict), ("tsae", "--no-temporal")
+    def step(script, *flags, T=128, D=576):
+        return statistics.median(
+            throughput.step_seconds(script, flags, D, torch.float32, 6, 2, T=T))
+    out, plain, coding = collections.defaultdict(dict), ("tsae", "--no-temporal"), {}
     for i in range(repeats):
         multi = step("mtsae")
         out["MTSAE over standard"][i] = multi / step(*plain)
         out["three rates over one"][i] = multi / step("mtsae", "--rates=1")
         out["exponent in T"][i] = math.log(
             step("temporal_lens", T=256) / step("temporal_lens", T=64), 4)
-        out["exponent in d"][i] = math.log(code_seconds(2048) / code_seconds(512), 4)
+        for D in (512, 2048):                              # encode and decode, without gradients
+            cfg = mtsae.Config(variant="unlearning", **mtsae.VARIANTS["unlearning"])
+            sae, x, mask = mtsae.MTSAE(D, cfg).eval(), torch.randn(8, 128, D), torch.ones(8, 128)
+            with torch.no_grad():
+                coding[D] = throughput.timed(lambda: sae(x, mask.bool()), 3)
+        out["exponent in d"][i] = math.log(coding[2048] / coding[512], 4)
     out["MTSAE over standard, D 2304"][0] = step("mtsae", D=2304) / step(*plain, D=2304)
     grown = [saved_bytes(*case, n=4) - saved_bytes(*case, n=2)        # weights, constants cancel
              for case in (("mtsae",), plain)]

@@ -23,9 +23,11 @@ own, started in turn, with torch's default threads. Our scripts set two things f
 (common.fast_process); "ours (plain process)" is our step without them, like with like. A library
 that is not installed is a row that says so.
 """
+import collections
 import contextlib
 import importlib.metadata
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -61,7 +63,7 @@ def saelens(activation, D, width, dtype, steps):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
     kind, more = ("Standard", {}) if activation == "ReLU" else ("TopK", {"k": K})
-    acts, device = RandomActivations(D, 1, dtype), str(common.pick_device())
+    acts, device = RandomActivations(D, dtype), str(common.pick_device())
     cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=width, device=device, **more)
     trainer = SAETrainerConfig(                            # neither first nor last step is measured
         total_training_samples=(steps + 2) * TOKENS, train_batch_size_samples=TOKENS, lr_end=3e-4,
@@ -73,7 +75,7 @@ def saelens(activation, D, width, dtype, steps):
 def dictionary_learning(activation, D, width, dtype, steps):
     from dictionary_learning.trainers import StandardTrainer, TopKTrainer
     Trainer, more = (StandardTrainer, {}) if activation == "ReLU" else (TopKTrainer, {"k": K})
-    acts = RandomActivations(D, 1, dtype)
+    acts = RandomActivations(D, dtype)
     trainer = Trainer(steps=10_000, activation_dim=D, dict_size=width, layer=0, lm_name="none",
                       device=str(acts.device), **more)     # steps: for its schedules
     for step, x in zip(range(steps + 2), batches(acts)):
@@ -98,7 +100,10 @@ class FixedModel(torch.nn.Module):
 
 def sparsify(activation, D, width, dtype, steps):
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
-    acts = RandomActivations(D, 1, dtype)
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if activation == "ReLU" or bf16 != (dtype == torch.bfloat16):
+        raise ValueError("no ReLU SAE; bf16 on CUDA only, and there always")
+    acts = RandomActivations(D, dtype)
     model = FixedModel(batches(acts))
     data = [{"input_ids": torch.zeros(LENGTH, dtype=torch.long)}] * (SEQUENCES * (steps + 2))
     with tempfile.TemporaryDirectory() as here:            # it saves what it trained
@@ -114,76 +119,50 @@ LIBRARIES = {  # name: (package, driver)
     "sparsify": ("eai-sparsify", sparsify)}
 
 
-def refusal(library, activation, dtype):
-    """Why a library has no such case; "" where it has."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()    # always autocast then
-    return "" if library != "sparsify" else "no ReLU SAE" if activation == "ReLU" else (
-        f"bf16 {'always' if cuda else 'on CUDA only'}" if cuda != (dtype == torch.bfloat16) else "")
-
-
-# --- One process a library and repeat ---
-
 def one(library, D, dtypes, expansions):
-    """Every case of a library in this process -> [{activation, dtype, F, reason, seconds}]."""
+    """Every case of a library in this process -> [{activation, dtype, F, seconds or reason}]."""
     rows, (package, driver) = [], LIBRARIES[library]
+    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     if library == "ours":
         common.fast_process(common.pick_device())
     for activation, name, e in itertools.product(("ReLU", f"TopK {K}"), dtypes, expansions):
         dtype, row = getattr(torch, name), {"activation": activation, "dtype": name, "F": e * D}
-        row["reason"] = refusal(library, activation, dtype)
         steps = 2 * min(3, max(expansions) // e)           # narrow ones are short: three times
         try:
-            if not row["reason"]:
-                row["seconds"] = driver(activation, D, e * D, dtype, steps)
+            row["seconds"] = driver(activation, D, e * D, dtype, steps)
         except Exception as error:                         # theirs: a row says it, the others go on
             if not package:
                 raise
-            row["reason"] = common.one_line(f"{type(error).__name__}: {error}", 90)
-        if library == "ours":
-            row["floor"] = throughput.floor(D, e * D, dtype, 2)
+            row["reason"] = common.one_line(repr(error), 90)
         rows.append(row)
     return rows
 
 
-def start(*arguments):
-    """`one` in a new process; a failed one is a row with the last line of its errors."""
-    code = f"import json; from benchmarks.peers import one; print(json.dumps(one{arguments}))"
-    env = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    if not torch.cuda.is_available():
-        env["SPARSIFY_DISABLE_TRITON"] = "1"
-    try:
-        return throughput.in_process(code, HERE, **env)
-    except RuntimeError as error:
-        return [{"activation": "", "dtype": "", "F": 0, "reason": str(error)[-90:]}]
-
-
 def measure(D, dtypes, expansions, repeats):
     """Medians over all steps of all repeats. ours/this: how many times as fast our step is;
-    plain/this: in a plain process; floor/step as in throughput.py."""
-    packages, found, rows = {}, {}, []
+    plain/this: in a plain process."""
+    packages, found, seconds, rows = {}, {}, collections.defaultdict(list), []
     for name, (package, _) in LIBRARIES.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(package) if package else "this checkout"
     for repeat in range(repeats):
         for name in [*packages][repeat:] + [*packages][:repeat]:          # each first once
-            for row in start(name, D, dtypes, expansions):
-                case = found.setdefault((row["activation"], row["dtype"], row["F"]), {})
-                case.setdefault(name, []).append(row)
-    for (activation, dtype, width), case in sorted(found.items()):
-        seconds = {name: [s for row in repeated for s in row.get("seconds", ())]
-                   for name, repeated in case.items()}
-        median = {name: statistics.median(found) for name, found in seconds.items() if found}
-        for name, repeated in case.items():
-            row = {"activation": activation, "dtype": dtype, "F": width, "library": name}
-            if name in median:
-                floor = statistics.median(row["floor"] for row in case["ours"])
-                row |= {"thousand tokens/s": TOKENS / median[name] / 1e3,
-                        "slowest": TOKENS / max(seconds[name]) / 1e3,
-                        "fastest": TOKENS / min(seconds[name]) / 1e3,
-                        "plain/this": median[name] / median["ours (plain process)"],
-                        "ours/this": median[name] / median["ours"],
-                        "floor/step": floor / median[name]}
-            rows.append({**row, "reason": repeated[-1]["reason"]})
+            for row in throughput.in_process(f"peers.one{name, D, dtypes, expansions}"):
+                case = row["activation"], row["dtype"], row["F"]
+                found.setdefault((*case, name), row.get("reason", ""))
+                seconds[*case, name] += row.get("seconds", ())
+    median = {case: statistics.median(times) for case, times in seconds.items() if times}
+    for (*case, name), reason in sorted(found.items(), key=lambda item: item[0][:3]):
+        row = {**dict(zip(("activation", "dtype", "F"), case)), "library": name}
+        if times := seconds[*case, name]:
+            step = median[*case, name]
+            row |= {"thousand tokens/s": TOKENS / step / 1e3, "slowest": TOKENS / max(times) / 1e3,
+                    "fastest": TOKENS / min(times) / 1e3,
+                    "plain/this": step / median[*case, "ours (plain process)"],
+                    "ours/this": step / median[*case, "ours"]}
+        rows.append({**row, "reason": reason})
     rows += [{"library": name, "reason": "not installed"} for name in LIBRARIES
              if name not in packages]
     return {"rows": rows, "D": D, "packages": packages, "device": str(common.pick_device())}
