@@ -105,21 +105,16 @@ def test_export_gives_the_same_code_or_is_refused():
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
             sae = model("tsae", temporal=False, **values)
             sae.scale.fill_(7.0), sae.W_enc.data.mul_(2)       # not W_dec's transpose
-            for fmt in export.FORMATS:
-                export.export(sae, acts, here / fmt, fmt)
-            cfg = common.read_json(here / "saelens/cfg.json")
-            trainer = common.read_json(here / "dictionary_learning/config.json")["trainer"]
-            assert cfg.get("k") == trainer.get("k") == k and cfg["apply_b_dec_to_input"]
-            w = torch.load(here / "dictionary_learning/ae.pt", weights_only=True)
-            w = {"W_enc": w["encoder.weight"].t(), "W_dec": w["decoder.weight"].t(),
-                 "b_enc": w["encoder.bias"], "b_dec": w["b_dec" if k else "bias"]}
-            for w in (w, common.load_tensors(here / "saelens/sae_weights.safetensors")[0]):
-                f = keep_largest((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], k or 32)
-                assert relative(f, 7 * sae.encode(x)) < 1e-5
-                assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
+            export.export(sae, acts, here)
+            cfg = common.read_json(here / "cfg.json")
+            assert cfg.get("k") == k and cfg["apply_b_dec_to_input"]
+            w = common.load_tensors(here / "sae_weights.safetensors")[0]
+            f = keep_largest((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], k or 32)
+            assert relative(f, 7 * sae.encode(x)) < 1e-5
+            assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
         sae.encode = lambda x, mask=None, real=sae.encode: real(x) + real(x.roll(1, 1))
-        for other, word in ((model("tsae"), "ln.bias"), (sae, "another code")):
-            refused_with(word, export.export, other, acts, here / "x", "saelens")
+        for other in (sae, model("tsae"), model("mtsae"), model("mtsae", variant="unlearning")):
+            refused_with("another code", export.export, other, acts, here / "x")
         assert not (here / "x").exists()
 
 
