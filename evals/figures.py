@@ -5,7 +5,6 @@ import json
 import math
 from itertools import takewhile
 
-import common  # before torch: it sets how threads wait
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -14,14 +13,9 @@ HERE = "position (1 = first token after the sink)"
 
 def training(folder):
     """training.png from log.jsonl: terms of the loss, EV and active features over the steps."""
-    try:
-        rows = [{**json.loads(line)} for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise common.UserError(f"{folder}/log.jsonl holds no readable log "
-                               f"({common.one_line(error)}).") from None
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if len(rows) < 2:
         return
-
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in rows[-1]}
     figure = Figure(figsize=(11, 4), layout="tight")
     left, right = figure.subplots(1, 2)

@@ -223,10 +223,10 @@ def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
     assert out["methods"][0]["setting"]["features"] == [0] and out["crossed_drop"] > 0.5
     # the papers' 0.0: an all-zero SAE has no feature that is on, so nothing is selected
     assert zero["score"] == 0 and set(zero["eligible_features"].values()) == {0}
-    same, said = (steer.steer(sae, acts, what, walk("b", 4, 0), n=6) for what in ("3:off", "0:=30"))
+    same, said = (steer.steer(sae, acts, what, walk("b", 4, 0), n=6) for what in ("3:=0", "0:=30"))
     assert same["plain"] == same["steered"] and set(same["plain"].split()) <= set(WORDS[12:])
     assert said["plain"] == same["plain"] != said["steered"]
-    assert steer.parse_steer("23:+8,7:off, 6:-2.5", 40) == [(23, 1, 8), (7, 0, 0), (6, 1, -2.5)]
+    assert steer.parse_steer("23:+8,7:=0, 6:-2.5", 40) == [(23, 1, 8), (7, 0, 0), (6, 1, -2.5)]
     refused_with("FEATURE", steer.parse_steer, "40:off", 40)
 
 
@@ -299,6 +299,6 @@ def test_evaluations_of_a_run_from_the_command_line():
         figures.training(here / "a")
         for name in ("features.html", "training.png", "positions.png"):
             assert (here / "a" / name).stat().st_size > 5000, name
-        for module, *words in ((probing,), (unlearning,), (steer, "0:off", "text")):
+        for module, *words in ((probing,), (unlearning,), (steer, "0:=0", "text")):
             status, _, err = run(module, "a", *words)
             assert status in (2, 3) and "synthetic" in err, module    # said, no crash
