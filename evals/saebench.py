@@ -21,7 +21,6 @@ format. They need `pip install sae-bench`, best in an environment of its own, wh
 project; the hub; and for unlearning WMDP's gated bio-forget-corpus where sae-bench looks for it.
 """
 import importlib
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 
-from evals import coded, run_eval
+from evals import coded, program, record
 
 KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first three
 
@@ -159,19 +158,21 @@ def run_suite(suite, sae, acts, folder):
     groups = found.popitem()[1]["eval_result_metrics"]
     if suite == "unlearning":      # questions of each set that the model answers rightly
         asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
-        groups["questions"] = {file.stem.removesuffix("_correct"): len(file.read_text().split())
-                               for file in asked}
+        counts = {file.stem.removesuffix("_correct"): len(file.read_text().split())
+                  for file in asked}
+        groups["questions"] = {"questions": counts}
     return {metric: value for group in groups.values() for metric, value in group.items()
             if value is not None}
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[1:2] in (["sparse_probing"], ["unlearning"]):
-        suite = argv.pop(1)
-        return run_eval(f"saebench_{suite}", partial(run_suite, suite), __doc__, argv)
-    return run_eval("saebench", evaluate, __doc__, argv)
+def work(sae, acts, folder, args):
+    if args.suite is None:
+        return record("saebench", evaluate, sae, acts, folder)
+    return record(f"saebench_{args.suite}", partial(run_suite, args.suite), sae, acts, folder)
 
+
+main = partial(program, "saebench", __doc__, work,
+               suite=dict(nargs="?", choices=["sparse_probing", "unlearning"]))
 
 if __name__ == "__main__":
     raise SystemExit(main())
