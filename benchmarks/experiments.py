@@ -260,8 +260,9 @@ def recorded(suite):
 def draw(table, path):
     """L0 against EV and against the CE score at layer 19: one line a method through its means, a
     dot a seed; hollow: trained on shuffled tokens."""
-    from evals import figures
-    figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(14, 6), layout="tight")
+    axes = figure.subplots(1, 2)
     for axis, title in zip(axes, ("EV", "CE score")):
         for number, name in enumerate(METHODS):
             line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
@@ -279,7 +280,7 @@ def draw(table, path):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    figures.save(figure, path, 90)
+    figure.savefig(path, dpi=90)
 
 
 def arguments(doc):
