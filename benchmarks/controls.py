@@ -163,8 +163,7 @@ def main(argv=None):
     args = experiments.arguments(__doc__).parse_args(argv)
     table = {label: row for paper, c in CONTROLS.items() for label, row in c.table(paper).items()}
     old = experiments.recorded("controls")
-    if not experiments.prepare(args, table, old):
-        return
+    experiments.prepare(args, table, old)
     metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
     record = experiments.collect(table, old, sorted(metrics), numbers)
     common.write_json(experiments.RESULTS / "controls.json", record)

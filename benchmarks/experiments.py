@@ -258,23 +258,18 @@ def recorded(suite):
 
 
 def draw(table, path):
-    """L0 against EV and against the CE score at layer 19: one line a method through its means, a
-    dot a seed; hollow: trained on shuffled tokens."""
+    """L0 against EV and against the CE score at layer 19: a line a method, through its means."""
     from evals import figures
     figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
     for axis, title in zip(axes, ("EV", "CE score")):
         for number, name in enumerate(METHODS):
-            line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
-            for label, row in table.items():
-                found = re.fullmatch(rf"{name}(, shuffled)?, TopK \d+ \| layer 19", label)
-                if found and COLUMNS[title] in row["values"]:
-                    x, y = (list(row["values"][COLUMNS[c]].values()) for c in ("L0", title))
-                    axis.plot(x, y, "o", color=color, markerfacecolor="none" if found[1] else color)
-                    line += [] if found[1] else [(statistics.fmean(x), statistics.fmean(y))]
-            if line:
-                axis.plot(*zip(*sorted(line)), dashes, label=name, color=color)
-        axis.set(xscale="log", xlabel="L0 (active features a token)", ylabel=title,
-                 title="a dot a seed; hollow: trained on shuffled tokens")
+            points = sorted(
+                [statistics.fmean(row["values"][COLUMNS[c]].values()) for c in ("L0", title)]
+                for label, row in table.items() if COLUMNS[title] in row["values"]
+                and re.fullmatch(rf"{name}, TopK \d+ \| layer 19", label))
+            if points:
+                axis.plot(*zip(*points), "o-" if number < 10 else "o--", label=name)
+        axis.set(xscale="log", xlabel="L0 (active features a token)", ylabel=title)
         axis.set_xticks([16, 64, 256], [16, 64, 256])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -287,7 +282,6 @@ def arguments(doc):
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing: collect and write")
-    parser.add_argument("--list", action="store_true", help="the commands, and what is done")
     parser.add_argument("--again", action="store_true", help="repeat recorded runs, too")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time (0: one a core)")
     parser.add_argument("--more", default="",
@@ -296,21 +290,15 @@ def arguments(doc):
 
 
 def prepare(args, table, old):
-    """Run what {label: Row} and the recorded rows `old` lack, or with --list only print it ->
-    whether to collect and write."""
+    """Run what {label: Row} and the recorded rows `old` lack."""
     pairs = []
     for label, row in table.items():
         for layer, seed in row.jobs():
             entry, command = old.get(f"{label} | layer {layer}", {}), row.command(layer)
             there = entry.get("command") == command and str(seed) in entry["seeds"]
             pairs += [] if there and not args.again else [(row, (layer, seed))]
-            if args.list:
-                state = ("recorded" if there else
-                         "finished" if numbers(row.folder(layer, seed)) else "not run")
-                print(f"{state:>8}  {label}: {command} --seed {seed}")
-    if not args.list and not args.table:
+    if not args.table:
         run(pairs, args.more, args.workers)
-    return not args.list
 
 
 def main(argv=None):
@@ -327,8 +315,7 @@ def main(argv=None):
     chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
               for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
     old = recorded(args.suite)
-    if not prepare(args, chosen, old):
-        return
+    prepare(args, chosen, old)
     table = collect(SUITES[args.suite], old, COLUMNS.values())
     if table:
         common.write_json(RESULTS / f"{args.suite}.json", table)
