@@ -174,7 +174,7 @@ class RunConfig:
     T: Annotated[int, 2, 2 ** 20, "2 to 1,048,576"] = 128   # tokens per sequence
     plant: Literal["states", "noisy", "flicker", "windows", "tree",
                    "domains"] = "states"   # the truth in --model synthetic (data/planted.py)
-    shuffle: Literal["off", "train", "all"] = "off"   # permute each sequence's tokens: a control
+    shuffle: Literal["off", "train"] = "off"   # permute each training sequence's tokens: a control
     seed: Natural = 42               # weights and order of the data
     device: str = "auto"             # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
@@ -786,16 +786,13 @@ class Activations:
             B, start = self.cfg.batch_size, number * self.per_fill * self.cfg.batch_size
             rows = self.order(torch.arange(start, start + self.per_fill * B)).view(-1, B)
             rows = rows[:, rank()::world()].flatten()
-            self.buffer, self.filled = self.train_store.get(rows, self.device), number
-            if self.cfg.shuffle != "off":
-                self.buffer = self.shuffled(*self.buffer, f"train{number}/{rank()}")
+            x, mask = self.train_store.get(rows, self.device)
+            if self.cfg.shuffle == "train":    # the negative control: a new order in each sequence
+                gen = generator(self.cfg.seed, f"shuffle-train{number}/{rank()}")
+                order = torch.rand(mask.shape, generator=gen).argsort(1).to(x.device)
+                x, mask = x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
+            self.buffer, self.filled = (x, mask), number
         return self.buffer
-
-    def shuffled(self, x, mask, name):
-        """Each sequence's tokens in an order of their own (--shuffle, the negative control)."""
-        gen = generator(self.cfg.seed, f"shuffle-{name}")
-        order = torch.rand(mask.shape, generator=gen).argsort(1).to(x.device)
-        return x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
 
     def batch(self, step):
         """This process's share of a step: x (b, T, D), mask (b, T)."""
@@ -813,8 +810,6 @@ class Activations:
         """Held-out windows in a fixed order: (x (b, T, D) fp32, mask (b, T))."""
         for rows in torch.arange(self.heldout_store.N).split(size):
             x, mask = self.heldout_store.get(rows, self.device)
-            if self.cfg.shuffle == "all":
-                x, mask = self.shuffled(x, mask, f"heldout{rows[0]}")
             yield x.float(), mask
 
 
