@@ -113,7 +113,7 @@ CONTROLS = {
         "standard": STANDARD,
         M: "mtsae --variant unlearning --rates 1,2,4 --conv_init pytorch --weight_decay 1"},
         CORR, (CORR, CEIL, OTHERS), NOISY),
-    "D (domains)": Control("domains", "--activation topk --k 4 --lr 0.01 --steps 600", {
+    "D (domains)": Control("domains", "--activation topk --k 6 --lr 0.01 --steps 600", {
         "standard": STANDARD, M: "mtsae --variant unlearning --conv_init pytorch"},
         R + "forgotten", (CORR, R + "forgotten", R + "damage"), DOMAINS),
     "E": Control("windows", "", {
@@ -189,8 +189,7 @@ def main(argv=None):
     args = experiments.arguments(__doc__).parse_args(argv)
     table = {label: row for paper, c in CONTROLS.items() for label, row in c.table(paper).items()}
     old = experiments.recorded("controls")
-    if not experiments.prepare(args, table, old):
-        return
+    experiments.prepare(args, table, old)
     metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
     record = experiments.collect(table, old, sorted(metrics), numbers)
     common.write_json(experiments.RESULTS / "controls.json", record)

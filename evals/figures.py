@@ -5,6 +5,7 @@ import json
 import math
 from itertools import takewhile
 
+import common  # before torch: it sets how threads wait
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -13,7 +14,11 @@ HERE = "position (1 = first token after the sink)"
 
 def training(folder):
     """training.png from log.jsonl: terms of the loss, EV and active features over the steps."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    try:
+        rows = [{**json.loads(line)} for line in (folder / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise common.UserError(f"{folder}/log.jsonl holds no readable log "
+                               f"({common.one_line(error)}).") from None
     if len(rows) < 2:
         return
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in rows[-1]}
