@@ -36,7 +36,9 @@ encoder gains by choosing slow features where k is short of those on, 4 a token 
 noise included. Best 0.52 of: either initialisation, k 1, 2 and 4, rates 1,2 to 1,2,4,8, decay 0.01
 to 5, separation 0 to 100, 150 to 1500 steps, norm and square; 0.65 of 0.88 with noise 0.5. Energy
 on others is left of PyTorch's initialisation (0.67); without a gain the last mark says nothing.""",
-    "D (domains)": "The standard SAE does as well: the convolutions add nothing here.",
+    "D (domains)": """k = 6 as are on at a token was found with seeds 1 to 3, after k = 4 had missed
+the first mark in one of seeds 45 to 47 (mean 0.78; standard 0.82). The method is the surer one here, but
+just as much so when trained on shuffled tokens: it is not the order that helps.""",
     "E": "At lambda 0.04 on activations of norm sqrt(D) the code is dense, fewer masks decided."}
 
 # --- Runs ---
@@ -165,9 +167,9 @@ def section(record):
 
 def draw(record):
     """One panel a paper: a dot a seed, and the ceiling of codes of single tokens."""
-    from evals import figures
-    figure, axes = figures.pyplot().subplots(1, 5, figsize=(17, 4))
-    for axis, paper in zip(axes, "ABCDE"):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(17, 4), layout="tight")
+    for axis, paper in zip(figure.subplots(1, 5), "ABCDE"):
         control, found = CONTROLS[paper], values(record, paper)
         for i, name in enumerate(("standard", M, S)):
             dots = found[name].get(control.score, [])
@@ -182,7 +184,7 @@ def draw(record):
         axis.set(xlim=(-0.5, 2.5), title=f"{paper}: {control.plant}",
                  ylabel=control.score.removeprefix(R))
         axis.grid(alpha=0.3)
-    figures.save(figure, experiments.RESULTS / "controls.png", 90)
+    figure.savefig(experiments.RESULTS / "controls.png", dpi=90)
 
 
 def main(argv=None):
