@@ -37,8 +37,8 @@ noise included. Best 0.52 of: either initialisation, k 1, 2 and 4, rates 1,2 to 
 to 5, separation 0 to 100, 150 to 1500 steps, norm and square; 0.65 of 0.88 with noise 0.5. Energy
 on others is left of PyTorch's initialisation (0.67); without a gain the last mark says nothing.""",
     "D (domains)": """k = 6 as are on at a token was found with seeds 1 to 3, after k = 4 had missed
-the first mark in one of seeds 45 to 47 (mean 0.78; standard 0.82). The method is the surer one here, but
-just as much so when trained on shuffled tokens: it is not the order that helps.""",
+the first mark in one of seeds 45 to 47 (mean 0.78; standard 0.82). The method is the surer one
+here, but just as much so when trained on shuffled tokens: it is not the order that helps.""",
     "E": "At lambda 0.04 on activations of norm sqrt(D) the code is dense, fewer masks decided."}
 
 # --- Runs ---
