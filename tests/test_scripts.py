@@ -20,17 +20,6 @@ from tests.helpers import (SCRIPTS, config, configured, folder, log, mixed, mode
 # --- Comparing with a reference --------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def float64():
-    """New tensors are float64, and what a script turns into fp32 stays as it is."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with replaced(torch.Tensor, "float", lambda t: t if t.is_floating_point() else t.double()):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def follows(losses, reference, sae, x, mask, case):
     """Each term of losses(sae, x) equals reference(p)'s, in value and every parameter's gradient;
     as logged, error is squared and summed over D, active counts features on, both a scored token.
@@ -51,7 +40,12 @@ def follows(losses, reference, sae, x, mask, case):
                 for name, term in terms.items()}
     want = measured(reference(p), [p[name] for name in names])
     for version, bound, slope_bound in ((twin, 1e-9, 1e-9), (sae, 1e-5, 1e-4)):
-        with float64() if version is twin else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if version is twin:            # new tensors are float64, and float() leaves them so
+                torch.set_default_dtype(torch.float64)
+                stack.callback(torch.set_default_dtype, torch.float32)
+                stack.enter_context(replaced(
+                    torch.Tensor, "float", lambda t: t if t.is_floating_point() else t.double()))
             terms, stats, *_ = losses(version, x.to(version.W_dec))
             found = measured(terms, [version.get_parameter(name) for name in names])
         assert set(found) == set(want), (case, set(found), set(want))
