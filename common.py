@@ -105,15 +105,9 @@ def write_atomic(path, data):
 
 def write_json(path, value):
     """Readable json; NaN and infinities are refused by most readers, so they become null."""
-    def clean(v):
-        if isinstance(v, dict):
-            return {str(k): clean(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(x) for x in v]
-        if hasattr(v, "tolist"):
-            return clean(v.tolist())
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    write_atomic(path, json.dumps(clean(value), indent=1) + "\n")
+    text = json.dumps(value, default=lambda array: array.tolist())
+    clean = json.loads(text, parse_constant=lambda number: None)
+    write_atomic(path, json.dumps(clean, indent=1) + "\n")
 
 
 def read_json(path):
@@ -180,7 +174,7 @@ class RunConfig:
     T: Annotated[int, 2, 2 ** 20, "2 to 1,048,576"] = 128   # tokens per sequence
     plant: Literal["states", "noisy", "flicker", "windows", "tree",
                    "domains"] = "states"   # the truth in --model synthetic (data/planted.py)
-    shuffle: Literal["off", "train", "all"] = "off"   # permute each sequence's tokens: a control
+    shuffle: Literal["off", "train"] = "off"   # permute each training sequence's tokens: a control
     seed: Natural = 42               # weights and order of the data
     device: str = "auto"             # auto, cpu, cuda or cuda:N
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
@@ -240,22 +234,17 @@ def parse_args(Config, argv, doc):
         if hint is bool:
             group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            read = functools.partial(convert, name, hint)
             choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
             shown = "|".join(choices) or name.upper()
-            group.add_argument(*flags, dest=name, type=read, metavar=shown, help=text)
-    given = vars(parser.parse_args(argv))
+            group.add_argument(*flags, dest=name, metavar=shown, help=text)
+    given, hints = vars(parser.parse_args(argv)), field_types(Config)
+    for name, value in given.items():
+        if typing.get_origin(hints[name]) is Annotated:
+            with contextlib.suppress(ValueError):
+                given[name] = typing.get_args(hints[name])[0](value)
+        if sentence := refusal(name, given[name], hints[name]):
+            raise UserError(sentence)
     return Config(**given), set(given)
-
-
-def convert(name, hint, value):
-    """A flag's text as the value of its type, or a UserError."""
-    if typing.get_origin(hint) is Annotated:
-        with contextlib.suppress(ValueError):
-            value = typing.get_args(hint)[0](value)
-    if sentence := refusal(name, value, hint):
-        raise UserError(sentence)
-    return value
 
 
 def configure(Config, LAPTOP, defaults=None, argv=None, doc=""):
@@ -372,6 +361,9 @@ def guard(job):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             error = "the disk is full; free some space, --resume goes on from what was saved."
         status, text = 2, f"error: {one_line(error)}"
+    except torch._dynamo.exc.TorchDynamoException as error:
+        status, text = 2, (f"error: --compile: torch.compile does not work here ({one_line(error)})"
+                           "; it needs a C++ compiler, or Triton on a GPU.")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -463,15 +455,7 @@ def barrier():
 
 def compiled(losses, cfg):
     """A script's `losses`, with --compile through torch.compile: the same terms up to rounding."""
-    fast = torch.compile(losses) if cfg.compile else losses
-
-    def checked(*args):
-        try:
-            return fast(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(f"--compile: torch.compile does not work here ({one_line(error)}); it "
-                            "needs a C++ compiler, or Triton on a GPU.") from None
-    return checked if cfg.compile else losses
+    return torch.compile(losses) if cfg.compile else losses
 
 
 # ---------------------------------------------------------------------------------------------
@@ -577,8 +561,8 @@ def hidden_states(lm, tokens, layers):
             raise _Stop
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            hook = lm.blocks[layer].register_forward_hook(functools.partial(keep, layer))
-            stack.callback(hook.remove)
+            hook = functools.partial(keep, layer)
+            stack.enter_context(lm.blocks[layer].register_forward_hook(hook))
         with contextlib.suppress(_Stop):
             lm.model(input_ids=tokens, use_cache=False)
     return found
@@ -589,11 +573,8 @@ def intervene(lm, layer, edit):
     """Within the context, the output h (B, L, D) of block `layer` is replaced by edit(h)."""
     def hook(module, inputs, output):
         return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-    handle = lm.blocks[layer].register_forward_hook(hook)
-    try:
+    with lm.blocks[layer].register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -660,26 +641,20 @@ def open_stores(cfg, lm, layers, split, thresholds=None):
                data=texts.content(cfg.data), format=3)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cfg.cache) / f"{split}-{Path(lm.name).name}-{digest}"
-    path, windows = folder / "windows.safetensors", None
-    if not path.exists():                                  # bad text leaves no folder behind
-        windows = dict(zip(("tokens", "lengths"), texts.windows(cfg, lm, split)))
-    folder.mkdir(parents=True, exist_ok=True)
+    path, known = folder / "windows.safetensors", True
+    try:
+        windows = load_tensors(path)[0]
+    except UserError as error:
+        if path.exists():
+            say(f"cache: {error} Making it again.")
+        known, windows = False, dict(zip(("tokens", "lengths"), texts.windows(cfg, lm, split)))
+    folder.mkdir(parents=True, exist_ok=True)              # behind: bad text leaves none
     with open(folder / ".lock", "w") as file:              # a second job waits, then finds it done
         if rank() == 0:
             fcntl.flock(file, fcntl.LOCK_EX)
-        barrier()
-        try:
-            windows = load_tensors(path)[0]
-        except UserError as error:
-            if windows is None:
-                say(f"cache: {error} Making it again.")
-                windows = dict(zip(("tokens", "lengths"), texts.windows(cfg, lm, split)))
-            barrier()
-            if rank() == 0:
-                for old in folder.glob("L*"):
-                    old.unlink()
+            if not known:                                  # the same bytes, whoever made them
                 save_tensors(path, windows)
-            barrier()
+        barrier()
         stores = {layer: open_cached(folder, lm, layer, windows) for layer in layers}
         missing = [layer for layer, store in stores.items() if store is None]
         if missing:
@@ -779,8 +754,7 @@ class Activations:
         self.cfg, self.lm, self.layer, self.truth = cfg, lm, layer, truth
         self.train_store, self.heldout_store, self.T = train, heldout, train.T
         self.device, self.filled = pick_device(cfg.device), None
-        planted = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-        self.dtype = lm.dtype if lm else planted
+        self.dtype = lm.dtype if lm else getattr(torch, cfg.dtype.replace("auto", "float32"))
         self.per_fill = min(cfg.buffer, max(train.N, cfg.batch_size)) // cfg.batch_size
         self.steps = cfg.steps or max(1, train.N * train.T // (cfg.batch_size * cfg.T))
         x, mask = self.fill(0)
@@ -812,16 +786,13 @@ class Activations:
             B, start = self.cfg.batch_size, number * self.per_fill * self.cfg.batch_size
             rows = self.order(torch.arange(start, start + self.per_fill * B)).view(-1, B)
             rows = rows[:, rank()::world()].flatten()
-            self.buffer, self.filled = self.train_store.get(rows, self.device), number
-            if self.cfg.shuffle != "off":
-                self.buffer = self.shuffled(*self.buffer, f"train{number}/{rank()}")
+            x, mask = self.train_store.get(rows, self.device)
+            if self.cfg.shuffle == "train":    # the negative control: a new order in each sequence
+                gen = generator(self.cfg.seed, f"shuffle-train{number}/{rank()}")
+                order = torch.rand(mask.shape, generator=gen).argsort(1).to(x.device)
+                x, mask = x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
+            self.buffer, self.filled = (x, mask), number
         return self.buffer
-
-    def shuffled(self, x, mask, name):
-        """Each sequence's tokens in an order of their own (--shuffle, the negative control)."""
-        gen = generator(self.cfg.seed, f"shuffle-{name}")
-        order = torch.rand(mask.shape, generator=gen).argsort(1).to(x.device)
-        return x.gather(1, order[..., None].expand_as(x)), mask.gather(1, order)
 
     def batch(self, step):
         """This process's share of a step: x (b, T, D), mask (b, T)."""
@@ -839,8 +810,6 @@ class Activations:
         """Held-out windows in a fixed order: (x (b, T, D) fp32, mask (b, T))."""
         for rows in torch.arange(self.heldout_store.N).split(size):
             x, mask = self.heldout_store.get(rows, self.device)
-            if self.cfg.shuffle == "all":
-                x, mask = self.shuffled(x, mask, f"heldout{rows[0]}")
             yield x.float(), mask
 
 
@@ -934,7 +903,11 @@ class Run:
 
     def begin(self):
         """The first step worked: make the folder, or replace the earlier run in it."""
-        check_first_step(self.sae)
+        for name, p in self.sae.named_parameters():
+            fine = p.grad is not None and p.grad.any() and (p + p.grad).isfinite().all()
+            if p.requires_grad and not fine:
+                raise UserError(f"{name} or its gradient is not finite, or it has none, at the "
+                                "first step; nothing was saved.")
         if rank() == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not self.held:
@@ -980,7 +953,6 @@ class Run:
         except (KeyError, TypeError, RuntimeError, ValueError, FileNotFoundError) as error:
             raise UserError(f"{self.dir} lacks {one_line(error)}: it cannot be resumed.") from None
         self.begun, self.saved = True, self.start
-        self.train_seconds = round(self.earlier, 1) if self.start == self.total else None
         say(f"resuming {self.dir} at step {self.start} of {self.total}")
         if meta.get("world") != world():
             say(f"begun with {meta.get('world')} processes, now {world()}: equal up to rounding")
@@ -1008,9 +980,8 @@ class Run:
                     self.save(step + 1)
                     raise Stopped(143 if stop >= 1000 else 130, f"stopped and saved after step "
                                   f"{step + 1}; go on with --resume {self.dir}")
-            if self.total > self.start:
-                self.train_seconds = round(self.earlier + time.perf_counter() - self.clock, 1)
-                self.save(self.total)
+            self.train_seconds = round(self.earlier + time.perf_counter() - self.clock, 1)
+            self.save(self.total)
         finally:
             self.bar.close()
             for number, handler in before.items():
@@ -1087,12 +1058,3 @@ class Run:
         if self.held:
             self.held.close()
         return results
-
-
-def check_first_step(sae):
-    """After the first step: each trained parameter is finite and has a gradient that is not 0."""
-    for name, p in sae.named_parameters():
-        fine = p.grad is not None and p.grad.any() and (p + p.grad).isfinite().all()
-        if p.requires_grad and not fine:
-            raise UserError(f"{name} or its gradient is not finite, or it has none, at the first "
-                            "step; nothing was saved.")

@@ -333,8 +333,7 @@ def main(argv=None):
     names = dict.fromkeys(key.split(" | ")[0] for key in asked(chosen))
     wanted = [*RUNS] if args.paper == "all" else [name for name in names if name in RUNS]
     old = experiments.recorded("claims")
-    if not experiments.prepare(args, {name: RUNS[name] for name in wanted}, old):
-        return
+    experiments.prepare(args, {name: RUNS[name] for name in wanted}, old)
     table = experiments.collect(RUNS, old, set().union(*used.values(), COLUMNS.values()), read)
     for key, row in table.items():
         row["values"] = {metric: v for metric, v in row["values"].items()

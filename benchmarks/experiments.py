@@ -260,8 +260,9 @@ def recorded(suite):
 def draw(table, path):
     """L0 against EV and against the CE score at layer 19: one line a method through its means, a
     dot a seed; hollow: trained on shuffled tokens."""
-    from evals import figures
-    figure, axes = figures.pyplot().subplots(1, 2, figsize=(14, 6))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(14, 6), layout="tight")
+    axes = figure.subplots(1, 2)
     for axis, title in zip(axes, ("EV", "CE score")):
         for number, name in enumerate(METHODS):
             line, color, dashes = [], f"C{number % 10}", "-" if number < 10 else "--"
@@ -279,7 +280,7 @@ def draw(table, path):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    figures.save(figure, path, 90)
+    figure.savefig(path, dpi=90)
 
 
 def arguments(doc):
@@ -287,7 +288,6 @@ def arguments(doc):
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="run nothing: collect and write")
-    parser.add_argument("--list", action="store_true", help="the commands, and what is done")
     parser.add_argument("--again", action="store_true", help="repeat recorded runs, too")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time (0: one a core)")
     parser.add_argument("--more", default="",
@@ -296,21 +296,15 @@ def arguments(doc):
 
 
 def prepare(args, table, old):
-    """Run what {label: Row} and the recorded rows `old` lack, or with --list only print it ->
-    whether to collect and write."""
+    """Run what {label: Row} and the recorded rows `old` lack."""
     pairs = []
     for label, row in table.items():
         for layer, seed in row.jobs():
             entry, command = old.get(f"{label} | layer {layer}", {}), row.command(layer)
             there = entry.get("command") == command and str(seed) in entry["seeds"]
             pairs += [] if there and not args.again else [(row, (layer, seed))]
-            if args.list:
-                state = ("recorded" if there else
-                         "finished" if numbers(row.folder(layer, seed)) else "not run")
-                print(f"{state:>8}  {label}: {command} --seed {seed}")
-    if not args.list and not args.table:
+    if not args.table:
         run(pairs, args.more, args.workers)
-    return not args.list
 
 
 def main(argv=None):
@@ -327,8 +321,7 @@ def main(argv=None):
     chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
               for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
     old = recorded(args.suite)
-    if not prepare(args, chosen, old):
-        return
+    prepare(args, chosen, old)
     table = collect(SUITES[args.suite], old, COLUMNS.values())
     if table:
         common.write_json(RESULTS / f"{args.suite}.json", table)

@@ -38,6 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from common import Count, Fraction, NonNegative, Positive, Steps
 
+import tsae
+
 # ---------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------
@@ -45,14 +47,14 @@ from common import Count, Fraction, NonNegative, Positive, Steps
 
 @dataclass
 class Config(common.RunConfig):     # model, text, device, run folder: common.py
-    method: Literal["tsae", "matryoshka", "tfa", "pooled", "random"] = "tsae"
+    method: Literal["tsae", "matryoshka", "tfa", "pooled", "random"] = "tsae"   # see above
     expansion: Count = 1            # F / D
     activation: Literal["topk"] = "topk"   # all of these have a fixed L0
     k: Count = 32                   # active features per token (T-SAE: on average)
     high: Fraction = 0.2            # T-SAE: share of the features in the high group
     contrast: NonNegative = 0.1     # T-SAE: weight of the contrastive loss, for norm 1
     window: Count = 4               # pooled: tokens averaged (temp_xc compares 2 to 16)
-    recon_reduction: Literal["sum", "mean"] = "sum"   # error over D
+    recon_reduction: Literal["sum"] = "sum"   # error over D
     steps: Steps = 4000             # optimiser steps; 0 = one pass over the tokens
     batch_size: Count = 16          # sequences per step
     lr: Positive = 3e-4             # AdamW
@@ -76,7 +78,7 @@ def variant(cfg):
 
 class PublishedSAE(nn.Module):
     """The SAE of cfg.method; no token sees a later one."""
-    causal = True
+    causal, decode = True, tsae.TSAE.decode
 
     def __init__(self, D, cfg):
         super().__init__()
@@ -143,11 +145,6 @@ class PublishedSAE(nn.Module):
             self.threshold.copy_(new)
         return pre * (pre >= least.clamp(min=1e-30))
 
-    def decode(self, f, k=None):
-        """Features (..., F) -> raw (..., D); linear. k: at most so many are on, which is faster."""
-        product = f @ self.W_dec if k is None else common.decode_topk(f, self.W_dec, k)
-        return (product + self.b_dec) * self.scale
-
     def forward(self, x, mask=None):
         """Raw activations (B, T, D) -> reconstruction (B, T, D) and features (B, T, F)."""
         f, predicted = self.codes(x, mask)
@@ -167,14 +164,13 @@ def losses(sae, x, mask, n, step, cfg):
     x_hat, f = sae(x, mask)
     error = squared_error(sae, x_hat, x, mask) / n                        # ()
     stats = {"error": error.detach(), "active": ((f > 0).sum(-1) * mask).sum() / n}
-    width = x.shape[-1] if cfg.recon_reduction == "mean" else 1
-    terms = {"recon": error / width}
+    terms = {"recon": error}
     if cfg.method in ("tsae", "matryoshka"):   # Matryoshka: the high group alone must do, too
         high = f[..., :sae.n_high]                                        # (B, T, high)
         part = (high @ sae.W_dec[:sae.n_high] + sae.b_dec) * sae.scale
-        terms["high"] = squared_error(sae, part, x, mask) / (n * width)
+        terms["high"] = squared_error(sae, part, x, mask) / n
         if cfg.method == "tsae" and cfg.contrast:
-            weight = cfg.contrast * x.shape[-1] / width   # 0.1 where activations have norm 1
+            weight = cfg.contrast * x.shape[-1]   # 0.1 where activations have norm 1
             terms["contrast"] = weight * contrast(high, mask) / common.world()
     return terms, stats
 
@@ -222,16 +218,15 @@ def train(cfg, acts):
         sum(terms.values()).backward()
         common.sum_gradients(sae)
         # 4. constrain the gradient
-        W, grad = sae.W_dec, sae.W_dec.grad
-        if cfg.project_gradient and grad is not None:
-            grad.addcmul_((grad * W).sum(1, keepdim=True), W.detach(), value=-1)
+        if cfg.project_gradient and sae.W_dec.requires_grad:
+            tsae.remove_parallel_gradient(sae)
         if cfg.clip:
             nn.utils.clip_grad_norm_(trained, cfg.clip)
         # 5. step   6. renormalise
-        opt.param_groups[0]["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.lr_warmup))
+        opt.param_groups[0]["lr"] = cfg.lr * tsae.lr_factor(step, cfg)
         opt.step()
-        if grad is not None:
-            W.data.div_(W.data.norm(dim=1, keepdim=True))
+        if sae.W_dec.requires_grad:
+            tsae.normalize_decoder(sae)
         run.log(step, {**terms, **stats}, lr=opt.param_groups[0]["lr"])
     return run.evaluate({}, findings)
 

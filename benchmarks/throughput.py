@@ -3,7 +3,8 @@
     python benchmarks/throughput.py                    steps of every script, the LM's pass
     python benchmarks/throughput.py --busy 1           default steps alone and beside busy loops
     python benchmarks/throughput.py --random_gemma     on a GPU: Gemma-2-2B's shape in bf16, F = D
-                                                       and 16k, with and without --compile
+                                                       and 16k, with and without --compile; then
+                                                       every script as a whole, killed, resumed
 
 A step trains on 2048 random tokens: forward, backward, optimiser, renormalisation, bookkeeping.
 step/standard compares it with the standard SAE's of the same activation, dtype and F. lm_share is
@@ -21,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -42,6 +44,9 @@ CASES = {f"{label}, {kind}": (script, [*flags, *more]) for label, script, *flags
     for kind, more in (("ReLU", []), ("TopK 32", ["--activation=topk", "--k=32"]))}
 SEQUENCES, LENGTH = 16, 128
 TOKENS = SEQUENCES * LENGTH
+SCRIPTS = ("tsae", "temporal_lens", "mtsae", "hierarchical_sae")
+SHORT = ("--data=bundled", f"--tokens={40 * TOKENS}", "--heldout_tokens=4096", "--steps=40",
+         f"--batch_size={SEQUENCES}", "--buffer=64", "--save_every=10", "--eval=none")
 
 
 class RandomActivations:
@@ -147,7 +152,35 @@ def gemma(args):
         model = AutoModelForCausalLM.from_config(Gemma2Config(**shape), dtype=torch.bfloat16)
     lm = models.LM(model, ByT5Tokenizer(), "random Gemma-2", "random", device, torch.bfloat16)
     ways = itertools.product(("bfloat16",), (1, 7), (False, True))        # 7 x 2304 = 16,128
-    return measure(args, lm, layer, sequences, ways)
+    table = measure(args, lm, layer, sequences, ways)
+    table["rows"] += whole_runs(lm, layer)
+    return table
+
+
+def whole_runs(lm, layer):
+    """Rows: each script, shortened, on a copy of this model: alone, in two processes, killed at its
+    first checkpoint, and resumed from there, which must end at the loss of the run alone."""
+    rows, alone = [], [sys.executable]
+    two = [*alone, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with tempfile.TemporaryDirectory() as here:
+        for part in (lm.model, lm.tokenizer):
+            part.save_pretrained(f"{here}/model")
+        for script, (what, python, out) in itertools.product(SCRIPTS, (
+                ("alone", alone, "alone"), ("two processes", two, "two"),
+                ("killed", alone, "killed"), ("resumed", alone, "killed"))):
+            out, log = Path(here, f"{script}-{out}"), Path(here, f"{script}-{out}/log.jsonl")
+            process = subprocess.Popen([
+                *python, f"{script}.py", f"--model={here}/model", f"--layer={layer}", *SHORT,
+                f"--out={out}", f"--cache={here}/cache", "--resume=auto"], cwd=HERE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while process.poll() is None:
+                if what == "killed" and (out / "checkpoint.safetensors").exists():
+                    process.kill()
+                time.sleep(0.02)
+            lines = log.read_text().splitlines() if log.exists() else ()
+            rows.append({"case": f"{script}, {what}", "status": process.returncode,
+                         "last loss": json.loads(lines[-1])["loss"] if lines else None})
+    return rows
 
 
 def in_process(call, first=""):

@@ -123,15 +123,8 @@ def from_transformers(name, device, dtype, known_as=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:   # OSError, ValueError, KeyError, RuntimeError, ...
-        text = str(error).lower()
-        if "gated" in text or "401" in text or "403" in text:
-            advice = "its weights are gated: accept the licence on its page, then `hf auth login`"
-        elif os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
-            advice = "the model hub cannot be reached and the model is not in the local cache"
-        else:
-            advice = common.one_line(error)
-        raise UserError(f"{name} cannot be loaded: {advice}. --model auto takes one that is there, "
-                        "--model synthetic needs none.") from None
+        raise UserError(f"{name} cannot be loaded ({common.one_line(error)}). --model auto takes "
+                        "one that is there, --model synthetic needs none.") from None
     revision = common.checksum(model.state_dict())[:16]      # of every weight: 0.4 s for SmolLM2
     return LM(model.to(device), tokenizer, known_as or name, revision, device, dtype)
 

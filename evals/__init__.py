@@ -15,9 +15,6 @@ import torch
 
 from common import HERE, UserError
 
-NOTHING_SCORED = ("no scored held-out token: all are special, padding or sinks; take more "
-                  "text with --heldout_tokens or other --data.")
-
 
 def open_run(folder, device="auto", cache=None):
     """A finished run -> sae (eval mode), its common.Activations, its folder (Path).
@@ -55,10 +52,16 @@ def open_run(folder, device="auto", cache=None):
 
 
 def coded(sae, acts):
-    """Held-out batches as the SAE sees them: x, x_hat (B, T, D), f (B, T, F), all fp32, mask."""
+    """Held-out batches as the SAE sees them: x, x_hat (B, T, D), f (B, T, F), all fp32, mask.
+    UserError behind the last one if no token was scored."""
+    scored = False
     for x, mask in acts.heldout():
         x_hat, f = sae(x, mask)
         yield x, x_hat.float(), f.float(), mask
+        scored = scored or mask.any()
+    if not scored:
+        raise UserError("no scored held-out token: all are special, padding or sinks; take more "
+                        "text with --heldout_tokens or other --data.")
 
 
 def program(name, doc, work, argv=None, needs_text=False, **more):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import evals
-from common import UserError, intervene
+from common import intervene
 
 
 @torch.no_grad()
@@ -21,7 +21,6 @@ def evaluate(sae, acts, folder=None):
     return {**core_metrics(evals.coded(sae, acts)), **spliced}
 
 
-@torch.no_grad()
 def core_metrics(batches):
     """Reconstruction and sparsity over batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)).
 
@@ -43,8 +42,6 @@ def core_metrics(batches):
         for name, value in zip(names, values):
             sums[name] += value.double().sum().item()
         n, mean, active = n + len(x), mean + x.sum(0), active + (f != 0).double().sum(0)
-    if n == 0:
-        raise UserError(evals.NOTHING_SCORED)
     return {"EV": 1 - sums["error"] / (sums["square"] - (mean.pow(2).sum() / n).item()),
             "MSE": sums["error"] / (n * len(mean)),
             **{name: sums[name] / n for name in ("L0", "L1", "cosine", "l2_ratio")},
@@ -55,7 +52,6 @@ def core_metrics(batches):
             "features": len(active), "tokens": n}
 
 
-@torch.no_grad()
 def splice_metrics(sae, acts, n_windows=16, batch=4):
     """SAEBench's CE and KL scores: the reconstruction in the LM, against the LM and zero ablation.
 
@@ -111,7 +107,6 @@ def splice_scores(sums):
 
 
 main = functools.partial(evals.run_eval, "core", evaluate, __doc__)
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -29,8 +29,6 @@ BINS = 64                                   # most points of the line over posit
 @torch.no_grad()
 def evaluate(sae, acts, folder, limit=FEATURES):
     """Write folder/features.html -> numbers of features. Two passes over the held-out windows."""
-    if acts.cfg.shuffle == "all":
-        return {"skipped": ["features: shuffled tokens have no context to show"]}
     stats = statistics(sae, acts)
     orders = {name: stats[name] for name in ("span", "density", "max", "stay")}   # (F,) each
     live = orders["max"] > 0

@@ -7,36 +7,23 @@ from itertools import takewhile
 
 import common  # before torch: it sets how threads wait
 import numpy as np
+from matplotlib.figure import Figure
 
 HERE = "position (1 = first token after the sink)"
-
-
-def pyplot():
-    """matplotlib.pyplot without a window."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save(figure, path, dpi):
-    figure.tight_layout()
-    figure.savefig(path, dpi=dpi)
-    pyplot().close(figure)
 
 
 def training(folder):
     """training.png from log.jsonl: terms of the loss, EV and active features over the steps."""
     try:
         rows = [{**json.loads(line)} for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise common.UserError(f"{folder}/log.jsonl holds no readable log "
                                f"({common.one_line(error)}).") from None
     if len(rows) < 2:
         return
-
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in rows[-1]}
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     for name in takewhile(lambda key: key != "error", list(columns)[1:]):    # loss and its terms
         if columns[name].any():
             lowers = np.nanmin(columns[name]) < 0                         # dashed: lowers the loss
@@ -49,15 +36,15 @@ def training(folder):
     twin = right.twinx()
     twin.plot(columns["step"], columns["active"], color="tab:orange", linewidth=1)
     twin.set_ylabel("active features a token (L0)", color="tab:orange")
-    save(figure, folder / "training.png", 90)
+    figure.savefig(folder / "training.png", dpi=90)
 
 
 def positions(path, by, numbers, maps):
     """positions.png: up to six panels of what depends on the position; those of weights and masks
     where an SAE has them. by, numbers, maps: as evals/positions.py makes them."""
     T, rows = len(by["error"]), 2 if maps else 1
-    figure, axes = pyplot().subplots(rows, 3, figsize=(15, 4 * rows))
-    error, off, span, *others = axes.flat
+    figure = Figure(figsize=(15, 4 * rows), layout="tight")
+    error, off, span, *others = figure.subplots(rows, 3).flat
     at = range(1, T + 1)
     error.plot(at, by["error"], color="tab:red")
     error.axvspan(1, min(32, T // 4), color="tab:blue", alpha=0.12)
@@ -101,7 +88,7 @@ def positions(path, by, numbers, maps):
                  f"tree\ntwo halves agree {numbers['clusters']['consistency']:.2f}", "magma")
     for axis in others:
         axis.remove()
-    save(figure, path, 70)
+    figure.savefig(path, dpi=70)
 
 
 def heat_map(axis, rows, title, cmap, **limits):

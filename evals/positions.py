@@ -104,7 +104,6 @@ def early_late(error, energy, scored):
             "early_unexplained": float(unexplained[0] / unexplained[1] - 1)}
 
 
-@torch.no_grad()
 def sink_cases(sae, acts, errors):
     """measure's errors, and what they become if the attention sink counts as position 1:
     sink_as_coded: with this SAE's error on the sink, which it was not trained on; sink_fitted: with
@@ -119,7 +118,6 @@ def sink_cases(sae, acts, errors):
     return cases
 
 
-@torch.no_grad()
 def read_masks(sae, acts, m, error, energy):
     """What position masks m (T, F) have become.
 

@@ -20,7 +20,7 @@ The other two run sae-bench's program, data sets and settings; results go to RUN
 format. They need `pip install sae-bench`, best in an environment of its own, which also runs this
 project; the hub; and for unlearning WMDP's gated bio-forget-corpus where sae-bench looks for it.
 """
-import sys
+import importlib
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import common  # before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 
-from evals import NOTHING_SCORED, coded, run_eval
+from evals import coded, program, record
 
 KS = [1, 2, 5, 10, 20, 50]          # paper E's; SAEBench's default is the first three
 
@@ -39,11 +39,9 @@ def evaluate(sae, acts, folder=None):
     return metrics(coded(sae, acts), sae.W_dec, getattr(sae, "W_enc", None))
 
 
-@torch.no_grad()
 def metrics(batches, W_dec=None, W_enc=None):
     """SAEBench's values from batches of (x, x_hat (B, T, D), f (B, T, F), mask (B, T)), as a dict;
-    with the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature.
-    UserError where no token is scored."""
+    with the weights W_dec (F, D), W_enc (D, F) also the mean largest cosine to another feature."""
     tokens, ratios, active = [], [], 0                     # of all tokens, of all batches, (F,)
     for x, x_hat, f, mask in batches:
         x, x_hat, f = x[mask].double(), x_hat[mask].double(), f[mask]     # (n, D), (n, D), (n, F)
@@ -57,8 +55,6 @@ def metrics(batches, W_dec=None, W_enc=None):
         ratios.append(torch.stack([square.mean(), error.mean(), out.mean() / dot.mean()]).cpu())
         active = active + (f > 0).double().sum(0)
         D = x.shape[1]
-    if not tokens:
-        raise common.UserError(NOTHING_SCORED)
     tokens, (S, R, bias) = torch.cat(tokens), torch.stack(ratios).mean(0).tolist()
     names = ("l0", "l1", "l2_norm_in", "l2_norm_out", "l2_ratio", "cossim", "mse",
              "explained_variance_legacy")
@@ -77,7 +73,6 @@ def metrics(batches, W_dec=None, W_enc=None):
     return result
 
 
-@torch.no_grad()
 def max_cosine(W, block=4096):
     """For each row of W (F, D) the largest cosine to another row (F,); never (F, F) at once."""
     W, best = F.normalize(W.float(), dim=1), []
@@ -133,64 +128,51 @@ class ForSAEBench(torch.nn.Module):
                      .to(self.dtype))       # an encoder may read K copies side by side: their sum
 
 
-def run_sparse_probing(saes, acts, out, kept):
-    """Its eight data sets, 4000 texts to train and 1000 to test a question."""
-    from sae_bench.evals.sparse_probing import main as program
-    config = program.SparseProbingEvalConfig(
-        model_name=saes[0][1].cfg.model_name, llm_dtype=str(acts.lm.dtype)[6:],
-        llm_batch_size=acts.cfg.lm_batch, k_values=KS)
-    found = program.run_eval(
-        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept),
-        save_activations=False)                            # they are tens of GB
-    return found.popitem()[1]["eval_result_metrics"]
-
-
-def run_unlearning(saes, acts, out, kept):
-    """WMDP-bio against four sets of MMLU; a chat model with the SAE of its base model."""
-    from sae_bench.evals.unlearning import main as program
-    model = saes[0][1].cfg.model_name
-    model += "-it" if model == "gemma-2-2b" else ""
-    config = program.UnlearningEvalConfig(
-        model_name=model, llm_dtype=str(acts.lm.dtype)[6:],
-        llm_batch_size=max(1, acts.cfg.lm_batch // 8))     # its sequences are 8 times as long
-    found = program.run_eval(
-        config, saes, str(acts.device), str(out), True, artifacts_path=str(kept))
-    asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
-    counts = {file.stem.removesuffix("_correct"): len(file.read_text().split()) for file in asked}
-    return {**found.popitem()[1]["eval_result_metrics"], "questions": {"questions": counts}}
-
-
-SUITES = {"sparse_probing": run_sparse_probing, "unlearning": run_unlearning}
-
-
 def run_suite(suite, sae, acts, folder):
     """SAEBench's own `suite` on this SAE -> its metrics; {"skipped": [...]} where its data or
     language model cannot be had. UserError without sae-bench."""
     if acts.lm is None:
         return {"skipped": [f"SAEBench's {suite} needs a language model; synthetic data has none"]}
+    kept = folder / "saebench" if acts.cfg.cache == "none" else Path(acts.cfg.cache) / "saebench"
     try:
-        adapter, out = ForSAEBench(sae, acts), folder / "saebench"
-        kept = out if acts.cfg.cache == "none" else Path(acts.cfg.cache) / "saebench"
+        adapter = ForSAEBench(sae, acts)
+        program = importlib.import_module(f"sae_bench.evals.{suite}.main")
+        model, batch, more = adapter.cfg.model_name, acts.cfg.lm_batch, {}
+        if suite == "sparse_probing":
+            config, more = program.SparseProbingEvalConfig(k_values=KS), {"save_activations": False}
+        else:                      # a chat model with the SAE of its base model; long sequences
+            model, batch = {"gemma-2-2b": "gemma-2-2b-it"}.get(model, model), max(1, batch // 8)
+            config = program.UnlearningEvalConfig()
+        config.model_name, config.llm_batch_size = model, batch
+        config.llm_dtype = str(acts.lm.dtype)[6:]
         # named by its weights too: SAEBench goes on from what it finds under a name
         name = f"{folder.name}-{common.checksum(sae.state_dict())[:8]}"
-        groups = SUITES[suite]([(name, adapter)], acts, out, kept)
+        found = program.run_eval(config, [(name, adapter)], str(acts.device),
+                                 str(folder / "saebench"), True, artifacts_path=str(kept), **more)
     except ImportError as error:
         raise common.UserError("SAEBench is not installed (pip install sae-bench, best in an "
                                f"environment of its own): {error}.") from None
     except Exception as error:      # hub, gated data, models it does not know: many kinds
         why = f"{type(error).__name__}: {common.one_line(error)}"
         return {"skipped": [f"SAEBench's {suite}: {why}"]}
+    groups = found.popitem()[1]["eval_result_metrics"]
+    if suite == "unlearning":      # questions of each set that the model answers rightly
+        asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
+        counts = {file.stem.removesuffix("_correct"): len(file.read_text().split())
+                  for file in asked}
+        groups["questions"] = {"questions": counts}
     return {metric: value for group in groups.values() for metric, value in group.items()
             if value is not None}
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if len(argv) > 1 and argv[1] in SUITES:
-        suite = argv.pop(1)
-        return run_eval(f"saebench_{suite}", partial(run_suite, suite), __doc__, argv)
-    return run_eval("saebench", evaluate, __doc__, argv)
+def work(sae, acts, folder, args):
+    if args.suite is None:
+        return record("saebench", evaluate, sae, acts, folder)
+    return record(f"saebench_{args.suite}", partial(run_suite, args.suite), sae, acts, folder)
 
+
+main = partial(program, "saebench", __doc__, work,
+               suite=dict(nargs="?", choices=["sparse_probing", "unlearning"]))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,15 +1,13 @@
-"""Greedy continuations of a prompt without and with features edited, side by side.
+"""Greedy continuations of a prompt without and with features edited.
 
-    python -m evals.steer RUN "123:+8,77:off" "The old man and"
+    python -m evals.steer RUN "123:+8,77:=0" "The old man and"
 
-An edit is FEATURE:+X, FEATURE:-X, FEATURE:=X or FEATURE:off, in units of the feature, applied at
-every token but the sink and special tokens. What the SAE does not explain stays as it is.
+An edit is FEATURE:+X, FEATURE:-X or FEATURE:=X, in units of the feature, applied at every token but
+the sink and special tokens. What the SAE does not explain stays as it is.
 """
 import contextlib
 import functools
-import itertools
 import re
-import textwrap
 
 import common  # before torch: it sets how threads wait
 import torch
@@ -19,17 +17,14 @@ from evals.unlearning import feature_edit
 
 
 def parse_steer(text, n_features):
-    """'7:+8,9:off,5:=3' -> [(7, 1.0, 8.0), (9, 0.0, 0.0), (5, 0.0, 3.0)]: f' = factor f + value."""
+    """'7:+8,5:=3' -> [(7, 1, 8.0), (5, 0, 3.0)]: f' = factor f + value."""
     edits = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+):(?:(off)|(=-?|[+-])(\d+\.?\d*|\.\d+))\s*", part)
+        match = re.fullmatch(r"\s*(\d+):(?:=|(?=[+-]))([+-]?(?:\d+\.?\d*|\.\d+))\s*", part)
         if not match or int(match[1]) >= n_features:
-            raise common.UserError(
-                "an edit is FEATURE:+X, FEATURE:-X, FEATURE:=X or FEATURE:off, features below "
-                f"{n_features}; not {part!r}.")
-        feature, off, sign, number = match.groups()
-        value = 0.0 if off else -float(number) if "-" in sign else float(number)
-        edits.append((int(feature), 0.0 if off or "=" in sign else 1.0, value))
+            raise common.UserError("an edit is FEATURE:+X, FEATURE:-X or FEATURE:=X, features "
+                                   f"below {n_features}; not {part!r}.")
+        edits.append((int(match[1]), int("=" not in part), float(match[2])))
     return edits
 
 
@@ -61,16 +56,12 @@ def steer(sae, acts, text, prompt, n=40):
 
 
 def work(sae, acts, folder, args):
-    """Both continuations in columns."""
-    out = steer(sae, acts, args.edits, args.prompt)
-    columns = [[title, "-" * 48, *textwrap.wrap(text, 48)]
-               for title, text in zip(("plain", f"steered {args.edits}"), out.values())]
-    for left, right in itertools.zip_longest(*columns, fillvalue=""):
-        common.say(f"{left:48}  {right}".rstrip())
+    for name, text in steer(sae, acts, args.edits, args.prompt).items():
+        common.say(f"{name + ':':<9}{text}")
 
 
 main = functools.partial(program, "steer", __doc__, work, needs_text=True,
-                         edits=dict(help='such as "123:+8,77:off"'),
+                         edits=dict(help='such as "123:+8,77:=0"'),
                          prompt=dict(help="text to continue"))
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def domain_states(acts, corpus, domain):
 def unlearn_pair(sae, acts, forget, retain):
     """Select and score on one pair of domains, each from domain_states -> dict."""
     start, lm = time.perf_counter(), acts.lm
-    resume = resume_from(lm, acts.layer, forget["score"][0])
+    resume = resume_from(lm, acts.layer, *forget["score"][:2])
     plain = [next_token(lm, resume, domain["score"]) for domain in (forget, retain)]
     on_forget, typical = activity(sae, *forget["select"])
     on_retain, _ = activity(sae, *retain["select"])
@@ -171,7 +171,6 @@ def clamp_edit(sae, features, value, mask=None, limit=math.inf):
 def feature_edit(sae, change, mask=None, limit=math.inf):
     """An edit for common.intervene: h (B, 1+T, D) -> h + dec(change(f)) - dec(f), not at position
     0 nor where mask (B, T) is False or the norm of h exceeds limit."""
-    @torch.no_grad()
     def edit(h):
         x = h[:, 1:].float()
         use = (x.norm(dim=-1) <= limit) & (True if mask is None else mask)
@@ -182,10 +181,9 @@ def feature_edit(sae, change, mask=None, limit=math.inf):
     return edit
 
 
-@torch.no_grad()
-def resume_from(lm, layer, tokens):
+def resume_from(lm, layer, tokens, h):
     """A function h -> context in which the language model goes on from states h of block `layer`;
-    skips the blocks below, two thirds of a sweep, if that gives the same logits on `tokens`."""
+    skips the blocks below, two thirds of a sweep, if `tokens` and their h give the same logits."""
     @contextlib.contextmanager
     def skip(h):
         try:
@@ -198,18 +196,14 @@ def resume_from(lm, layer, tokens):
 
     def logits():
         return lm.model(input_ids=tokens[:1], use_cache=False).logits
-    seen = []
-    hook = lm.blocks[layer].register_forward_hook(lambda block, x, output: seen.append(output))
     plain = logits()
-    hook.remove()
-    if torch.is_tensor(seen[0]):                           # some models wrap it in a tuple
-        with skip(seen[0]):
-            if (logits() - plain).abs().max() <= 1e-3 * plain.abs().max():
-                return skip
+    failures = IndexError, RuntimeError, TypeError, ValueError            # blocks that give tuples
+    with contextlib.suppress(*failures), skip(h[:1]):
+        if (logits() - plain).abs().max() <= 1e-3 * plain.abs().max():
+            return skip
     return lambda h: common.intervene(lm, layer, lambda _: h)
 
 
-@torch.no_grad()
 def next_token(lm, resume, states, edit=None, before=None, batch=8):
     """A table (N, 2) fp64 by window: right next tokens and all; a scored one predicts a scored one.
     states: see domain_states; edit: mask -> edit of h; before: the table without it."""

@@ -50,8 +50,9 @@ def test_core_metrics_equal_their_definitions_whatever_the_batches():
     assert m.keys() == want.keys()
     for name, value in want.items():
         close(m[name], float(value), name)
-    nothing = [(x[None], x_hat[None], f[None], torch.zeros(1, len(x)).bool())]
-    refused_with("no scored held-out token", core.core_metrics, nothing)
+    acts = activations(torch.ones(1, 4, 2))
+    acts.heldout_store.mask = torch.zeros(1, 4).bool()
+    refused_with("no scored held-out token", core.evaluate, zero_sae(2, 2), acts)
 
 
 def test_core_and_splice_values_equal_saebench():
@@ -109,21 +110,16 @@ def test_export_gives_the_same_code_or_is_refused():
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
             sae = model("tsae", temporal=False, **values)
             sae.scale.fill_(7.0), sae.W_enc.data.mul_(2)       # not W_dec's transpose
-            for fmt in export.FORMATS:
-                export.export(sae, acts, here / fmt, fmt)
-            cfg = common.read_json(here / "saelens/cfg.json")
-            trainer = common.read_json(here / "dictionary_learning/config.json")["trainer"]
-            assert cfg.get("k") == trainer.get("k") == k and cfg["apply_b_dec_to_input"]
-            w = torch.load(here / "dictionary_learning/ae.pt", weights_only=True)
-            w = {"W_enc": w["encoder.weight"].t(), "W_dec": w["decoder.weight"].t(),
-                 "b_enc": w["encoder.bias"], "b_dec": w["b_dec" if k else "bias"]}
-            for w in (w, common.load_tensors(here / "saelens/sae_weights.safetensors")[0]):
-                f = keep_largest((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], k or 32)
-                assert relative(f, 7 * sae.encode(x)) < 1e-5
-                assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
+            export.export(sae, acts, here)
+            cfg = common.read_json(here / "cfg.json")
+            assert cfg.get("k") == k and cfg["apply_b_dec_to_input"]
+            w = common.load_tensors(here / "sae_weights.safetensors")[0]
+            f = keep_largest((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], k or 32)
+            assert relative(f, 7 * sae.encode(x)) < 1e-5
+            assert relative(f @ w["W_dec"] + w["b_dec"], sae(x)[0]) < 1e-5
         sae.encode = lambda x, mask=None, real=sae.encode: real(x) + real(x.roll(1, 1))
-        for other, word in ((model("tsae"), "ln.bias"), (sae, "another code")):
-            refused_with(word, export.export, other, acts, here / "x", "saelens")
+        for other in (sae, model("tsae"), model("mtsae"), model("mtsae", variant="unlearning")):
+            refused_with("another code", export.export, other, acts, here / "x")
         assert not (here / "x").exists()
 
 
@@ -145,11 +141,11 @@ def test_features_page_holds_the_right_numbers_and_shows_them():
     with folder() as here:
         features.evaluate(LinearSAE(torch.eye(12), W_dec), acts, here)
         page = (here / "features.html").read_text()
+        assert "<img" not in page and "<b>" not in page and "http:" not in page
         shown = browser and subprocess.run([
             browser, "--headless", "--no-sandbox", "--dump-dom", "--disable-gpu",
             f"--user-data-dir={here}/profile", "--virtual-time-budget=5000",
             f"file://{here}/features.html#f11"], capture_output=True, text=True, timeout=120).stdout
-    assert "<img" not in page and "<b>" not in page and "http:" not in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [row["i"] for row in data["rows"]] == list(range(1, 12)) and data["live"] == 11
     cosine = F.cosine_similarity(W_dec[:, None], W_dec[None], dim=-1)
@@ -222,10 +218,10 @@ def test_unlearning_forgets_one_language_and_steering_changes_what_is_said():
     assert out["methods"][0]["setting"]["features"] == [0] and out["crossed_drop"] > 0.5
     # the papers' 0.0: an all-zero SAE has no feature that is on, so nothing is selected
     assert zero["score"] == 0 and set(zero["eligible_features"].values()) == {0}
-    same, said = (steer.steer(sae, acts, what, walk("b", 4, 0), n=6) for what in ("3:off", "0:=30"))
+    same, said = (steer.steer(sae, acts, what, walk("b", 4, 0), n=6) for what in ("3:=0", "0:=30"))
     assert same["plain"] == same["steered"] and set(same["plain"].split()) <= set(WORDS[12:])
     assert said["plain"] == same["plain"] != said["steered"]
-    assert steer.parse_steer("23:+8,7:off, 6:-2.5", 40) == [(23, 1, 8), (7, 0, 0), (6, 1, -2.5)]
+    assert steer.parse_steer("23:+8,7:=0, 6:-2.5", 40) == [(23, 1, 8), (7, 0, 0), (6, 1, -2.5)]
     refused_with("FEATURE", steer.parse_steer, "40:off", 40)
 
 
@@ -298,6 +294,6 @@ def test_evaluations_of_a_run_from_the_command_line():
         figures.training(here / "a")
         for name in ("features.html", "training.png", "positions.png"):
             assert (here / "a" / name).stat().st_size > 5000, name
-        for module, *words in ((probing,), (unlearning,), (steer, "0:off", "text")):
+        for module, *words in ((probing,), (unlearning,), (steer, "0:=0", "text")):
             status, _, err = run(module, "a", *words)
             assert status in (2, 3) and "synthetic" in err, module    # said, no crash
