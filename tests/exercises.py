@@ -6,7 +6,7 @@ is wrong. tests/test_docs.py holds each to the right and the wrong patch of docs
 import itertools
 import math
 
-from tests.helpers import SCRIPTS, Heldout, folder, mixed, model, relative, tiny, weights
+from tests.helpers import SCRIPTS, activations, folder, mixed, model, relative, tiny, weights
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def exercise_7():
     for padding in ("causal", "circular"):
         sae = model("mtsae", T=40, padding=padding, batch_norm="off", rates="1,4")
         sae.kernels.data.uniform_()
-        found = SCRIPTS["mtsae"].mixing(sae, Heldout(x, mask)).get("leak")
+        found = SCRIPTS["mtsae"].mixing(sae, activations(x, mask)).get("leak")
         assert found is not None, "mixing returns no 'leak'"
         a, b = sae.encode(x)[:, 20], sae.encode(later)[:, 20]
         want = ((a - b).norm() / a.norm()).item()

@@ -16,7 +16,6 @@ from unittest import mock
 os.environ.setdefault("MPLBACKEND", "Agg")
 import common                   # before torch: it sets how idle threads wait
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import hierarchical_sae
@@ -35,11 +34,6 @@ TINY = ("--model", "synthetic", "--tokens", 4096, "--heldout_tokens", 1024, "--T
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 WORDS = [f"{letter}{i}" for letter in "ab" for i in range(12)]            # two languages
 replaced = mock.patch.object    # with replaced(owner, "name", value): for a while
-
-
-def skip(reason):
-    """The test cannot run here; test_all.py and pytest print the reason."""
-    raise unittest.SkipTest(reason)
 
 
 @contextlib.contextmanager
@@ -100,6 +94,13 @@ def refused_with(word, function, *args):
         function(*args)
 
 
+def configured(module, flags):
+    """The Config that a command line gives."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return common.configure(module.Config, module.LAPTOP, getattr(module, "defaults", None),
+                                list(flags))
+
+
 def config(module, **values):
     """A Config with the paper's values, small synthetic sizes, and the values given."""
     cfg = module.Config(**{**dict(model="synthetic", tokens=4096, heldout_tokens=1024, T=32,
@@ -108,21 +109,15 @@ def config(module, **values):
     return dataclasses.replace(cfg, **{**derived, **values})
 
 
-def shake(sae, scale=2.0):
-    """Random values for what starts at a constant (biases, gains), so that every path counts."""
-    gen = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in sae.parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=gen))
-        sae.scale.fill_(scale)
-    return sae
-
-
 def model(script, D=16, **values):
-    """A script's untrained SAE, shaken."""
+    """A script's untrained SAE; what starts at a constant (biases, gains) is random: it counts."""
     cfg = config(SCRIPTS[script], **{"expansion": 2, **values})
-    return shake(getattr(SCRIPTS[script], SAES[script])(D, cfg))
+    sae, gen = getattr(SCRIPTS[script], SAES[script])(D, cfg), torch.Generator().manual_seed(0)
+    for p in sae.parameters():
+        if p.dim() == 1:
+            p.data.add_(0.3 * torch.randn(p.shape, generator=gen))
+    sae.scale.fill_(2.0)
+    return sae
 
 
 def mixed(B=3, T=20, D=6, seed=4):
@@ -142,13 +137,6 @@ def close(ours, theirs, name="", tolerance=1e-5):
     assert abs(ours - theirs) <= tolerance * max(1e-3, abs(theirs)), (name, ours, theirs)
 
 
-def saebench():
-    """Tensors and values that SAEBench 0.6.0's own code computed (data/fixtures/README.md)."""
-    path = HERE / "data" / "fixtures" / "saebench"
-    return (load_file(path.with_suffix(".safetensors")),
-            json.loads(path.with_suffix(".json").read_text()))
-
-
 class LinearSAE(tsae.TSAE):
     """The standard SAE of given weights in raw units: f = relu((x - b_dec) W_enc + b_enc)."""
 
@@ -164,17 +152,10 @@ def zero_sae(D, n_features):
     return LinearSAE(torch.zeros(D, n_features), torch.zeros(n_features, D))
 
 
-class Heldout:
-    """As much of common.Activations as an evaluation of given held-out tensors reads."""
-    lm, layer, scale, device, dtype, truth = None, 0, 1.0, torch.device("cpu"), torch.float32, None
-
-    def __init__(self, x, mask=None):
-        self.x, self.cfg = x, tsae.Config()
-        self.mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-        self.T, self.D, self.mean = x.shape[1], x.shape[2], x[self.mask].mean(0)
-
-    def heldout(self, size=16):
-        return zip(self.x.split(size), self.mask.split(size))
+def activations(x, mask=None):
+    """common.Activations of given windows (n, T, D), in training and held out."""
+    store = common.Store(x, torch.ones(x.shape[:2]).bool() if mask is None else mask)
+    return common.Activations(config(tsae, batch_size=1), None, 0, store, store)
 
 
 def tiny_lm(kind="Llama", words=tuple(f"w{i}" for i in range(97)), layers=4, gain=5):

@@ -10,7 +10,7 @@ import math
 import shutil
 import types
 
-from tests.helpers import HERE, TINY, folder, replaced, run, tiny
+from tests.helpers import HERE, TINY, configured, folder, replaced, run, tiny
 from tests.test_tsae import keep_largest
 
 import common
@@ -26,10 +26,7 @@ def test_every_recorded_command_is_one_that_its_script_takes():
     tables = [*experiments.SUITES.values(), claims.RUNS,
               *(control.table(paper) for paper, control in controls.CONTROLS.items())]
     for row in {row for table in tables for row in table.values()}:
-        module = importlib.import_module(row.script)
-        with silent():
-            common.configure(module.Config, module.LAPTOP, getattr(module, "defaults", None),
-                             [*row.flags.split(), "--eval", row.evals])
+        configured(importlib.import_module(row.script), [*row.flags.split(), "--eval", row.evals])
     for key in claims.asked(claims.CLAIMS):
         name, layer = key.split(" | layer ")
         assert name in claims.MEASURED or (int(layer), 42) in claims.RUNS[name].jobs(), key

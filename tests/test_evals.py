@@ -8,22 +8,25 @@ import re
 import shutil
 import subprocess
 import types
+import unittest
 
-from tests.helpers import (SCRIPTS, WORDS, Heldout, LinearSAE, close, data_folder, folder,
-                           make_acts, mixed, model, refused_with, relative, run, saebench, skip,
-                           tiny, walk, words_lm, zero_sae)
+from tests.helpers import (HERE, SCRIPTS, WORDS, LinearSAE, activations, close, data_folder, folder,
+                           make_acts, mixed, model, refused_with, relative, run, tiny, walk,
+                           words_lm, zero_sae)
 from tests.test_tsae import keep_largest
 
 import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import evals
 from evals import (core, export, features, figures, positions, probing, saebench as bench, steer,
                    temporal, unlearning, zero)
 
-TENSORS, VALUES = saebench()
+FIXTURES = HERE / "data/fixtures/saebench.json"        # what SAEBench 0.6.0's own code computed
+TENSORS, VALUES = load_file(FIXTURES.with_suffix(".safetensors")), common.read_json(FIXTURES)
 
 
 def fixture_sae(name):
@@ -47,8 +50,9 @@ def test_core_metrics_equal_their_definitions_whatever_the_batches():
     assert m.keys() == want.keys()
     for name, value in want.items():
         close(m[name], float(value), name)
-    nothing = Heldout(torch.ones(1, 4, 2), torch.zeros(1, 4, dtype=torch.bool))
-    refused_with("no scored held-out token", core.evaluate, zero_sae(2, 2), nothing)
+    acts = activations(torch.ones(1, 4, 2))
+    acts.heldout_store.mask = torch.zeros(1, 4).bool()
+    refused_with("no scored held-out token", core.evaluate, zero_sae(2, 2), acts)
 
 
 def test_core_and_splice_values_equal_saebench():
@@ -77,8 +81,8 @@ def test_core_and_splice_values_equal_saebench():
 def test_temporal_metrics_equal_their_definitions():
     x, mask = torch.randn(6, 21, 5) + 3 * torch.randn(6, 1, 5), torch.rand(6, 21) < 0.7
     sae = LinearSAE(torch.eye(5), 0.9 * torch.eye(5))      # f = relu(x)
-    m = temporal.evaluate(sae, Heldout(x, mask))
-    assert m == temporal.evaluate(sae, Heldout(torch.where(mask[..., None], x, 99.0), mask))
+    m = temporal.evaluate(sae, activations(x, mask))
+    assert m == temporal.evaluate(sae, activations(torch.where(mask[..., None], x, 99.0), mask))
     f, mean = x.relu(), x.relu()[mask].mean(0)
     runs = [len([*group]) for row in (f * mask[..., None]).transpose(1, 2).flatten(0, 1).tolist()
             for on, group in itertools.groupby(row, bool) if on]
@@ -92,15 +96,16 @@ def test_temporal_metrics_equal_their_definitions():
     for name, value in want.items():
         close(evals.flatten(m)[name], float(value), name, 1e-4)
     mixed = sum(m["EV_by_scale"][k] * m["variance_share"][k] for k in m["EV_by_scale"])
-    close(mixed, core.evaluate(sae, Heldout(x, mask))["EV"], tolerance=1e-4)
+    close(mixed, core.evaluate(sae, activations(x, mask))["EV"], tolerance=1e-4)
     steps = torch.eye(2).repeat_interleave(2, 0)[None]     # (1, 0) twice, then (0, 1) twice
-    shares = temporal.evaluate(zero_sae(2, 2), Heldout(steps))["variance_share"]
+    shares = temporal.evaluate(zero_sae(2, 2), activations(steps))["variance_share"]
     assert shares == {"1": 0.0, "2": 1.0, "mean": 0.0}
 
 
 def test_export_gives_the_same_code_or_is_refused():
-    acts = Heldout(7 * torch.randn(4, 32, 16))
-    acts.scale, x = 7.0, acts.x
+    x = 7 * torch.randn(4, 32, 16)
+    acts = activations(x)
+    acts.scale = 7.0
     with folder() as here:
         for k, values in ((None, {}), (4, dict(activation="topk", k=4))):
             sae = model("tsae", temporal=False, **values)
@@ -121,27 +126,27 @@ def test_export_gives_the_same_code_or_is_refused():
 HOSTILE = ("</script><img src=x onerror=alert(1)>", " <b>&amp;", " plain")    # three tokens
 
 
-def page(here):
-    """The feature page of random codes with stretches, feature 0 dead -> f (8, 72, 12) = x, mask,
-    tokens, W_dec, html, its data."""
+def test_features_page_holds_the_right_numbers_and_shows_them():
+    """Of random codes with stretches, feature 0 dead; in a browser: features in order of span, one
+    opened by its number, texts as texts."""
     torch.manual_seed(0)
     x, mask, tokens = torch.randn(8, 72, 12), torch.rand(8, 72) > 0.1, torch.full((8, 73), 2)
     x = (x + x.roll(1, 1) + x.roll(2, 1)) * (0.5 + torch.rand(12))
     x[..., 0], x[0, 5, 11], mask[0, 5], tokens[0, 6], tokens[2:, 4::8] = -1, 9.0, True, 0, 1
-    acts, W_dec = Heldout(x, mask), torch.randn(12, 12)
+    acts, W_dec, f = activations(x, mask), torch.randn(12, 12), x.relu() * mask[..., None]
     decode = types.SimpleNamespace(decode=lambda ids, **_: "".join(HOSTILE[i] for i in ids))
     acts.lm = types.SimpleNamespace(tokenizer=decode, name="a/model")
-    acts.heldout_store = types.SimpleNamespace(tokens=tokens)
-    features.evaluate(LinearSAE(torch.eye(12), W_dec), acts, here)
-    html = (here / "features.html").read_text()
-    found = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
-    return x.relu() * mask[..., None], mask, tokens, W_dec, html, found
-
-
-def test_features_page_holds_the_right_numbers_and_no_text_is_html():
+    acts.heldout_store.tokens = tokens
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     with folder() as here:
-        f, mask, tokens, W_dec, html, data = page(here)
-    assert "<img" not in html and "<b>" not in html and "http:" not in html
+        features.evaluate(LinearSAE(torch.eye(12), W_dec), acts, here)
+        page = (here / "features.html").read_text()
+        assert "<img" not in page and "<b>" not in page and "http:" not in page
+        shown = browser and subprocess.run([
+            browser, "--headless", "--no-sandbox", "--dump-dom", "--disable-gpu",
+            f"--user-data-dir={here}/profile", "--virtual-time-budget=5000",
+            f"file://{here}/features.html#f11"], capture_output=True, text=True, timeout=120).stdout
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     assert [row["i"] for row in data["rows"]] == list(range(1, 12)) and data["live"] == 11
     cosine = F.cosine_similarity(W_dec[:, None], W_dec[None], dim=-1)
     for row in data["rows"]:
@@ -151,8 +156,7 @@ def test_features_page_holds_the_right_numbers_and_no_text_is_html():
         for name, want in dict(span=on.sum() / (on.sum() - again), density=on.sum() / mask.sum(),
                                stay=again / (on[:, :-1] & mask[:, 1:]).sum(), max=v.max()).items():
             close(row[name], want.item(), (i, name), 1e-3)
-        nearest = cosine[i].argsort(descending=True).tolist()
-        assert row["near"] == [j for j in nearest if j != i][:5]
+        assert row["near"] == [j for j in cosine[i].argsort(descending=True).tolist() if j != i][:5]
         assert len(row["contexts"]) == (peaks.values > 0).sum().clamp(max=6)
         for n, (piece, peak, value, levels) in enumerate(row["contexts"]):
             window, start, texts = data["pieces"][piece]
@@ -162,21 +166,12 @@ def test_features_page_holds_the_right_numbers_and_no_text_is_html():
                 want = v[window, start + t].item() / row["max"] * 99
                 assert abs(level - want) <= (want > 0) if mask[window, start + t] else level == -1
                 assert data["vocabulary"][texts[t]] == HOSTILE[tokens[window, 1 + start + t]]
-
-
-def test_features_page_in_a_browser():
-    """Features in order of span, one opened by its number, texts as texts."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-    with folder() as here:
-        rows = sorted(page(here)[-1]["rows"], key=lambda row: (-row["span"], row["i"]))
-        done = subprocess.run([
-            browser or skip("no chromium here"), "--headless", "--no-sandbox", "--dump-dom",
-            "--disable-gpu", f"--user-data-dir={here}/profile", "--virtual-time-budget=5000",
-            f"file://{here}/features.html#f11"], capture_output=True, text=True, timeout=120)
-    shown = re.findall(r'class="feature" id="f(\d+)"', done.stdout)
-    assert shown == [str(row["i"]) for row in rows], done.stdout[:300] + done.stderr[-2000:]
-    assert "<img" not in done.stdout and html.escape(HOSTILE[0], False) in done.stdout
-    assert re.search(r'id="f11"[^>]* open', done.stdout)
+    if not browser:
+        raise unittest.SkipTest("no chromium here")
+    order = [row["i"] for row in sorted(data["rows"], key=lambda row: (-row["span"], row["i"]))]
+    assert [int(i) for i in re.findall(r'class="feature" id="f(\d+)"', shown)] == order, shown
+    assert "<img" not in shown and html.escape(HOSTILE[0], False) in shown
+    assert re.search(r'id="f11"[^>]* open', shown)
 
 
 def test_selection_clamp_and_score_equal_saebench():
@@ -272,7 +267,7 @@ def test_positions_by_hand():
         assert found == next(w for w in range(1, 24) for s in range(24 - w)
                              if column[s:s + w].sum() >= column.sum() / 2 * (1 - 1e-9))
     sae, (x, mask) = model("temporal_lens", D=6, T=12), mixed(B=37, T=12)
-    acts = Heldout(x, mask)
+    acts = activations(x, mask)
     (error, energy, scored), profiles, off = positions.measure(sae, acts)
     x_hat, f = (v.detach() for v in sae(x, mask))
     for got, y in ((error, x_hat), (energy, acts.mean)):

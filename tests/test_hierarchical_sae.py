@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from tests.helpers import mixed, refused_with
 from tests.test_mtsae import cosine
-from tests.test_scripts import recovered
-from tests.test_tsae import follows, keep_largest, shaken, standard
+from tests.test_scripts import follows
+from tests.test_tsae import keep_largest, shaken, standard
 
 
 def hs(shift=0.6, **values):
@@ -19,7 +19,7 @@ def hs(shift=0.6, **values):
                                             "checkpointing": False, **values})
     sae.b_enc.data.add_(shift)
     if sae.parts["temporal"]:
-        sae.W_out.weight.data.mul_(10)                         # it starts small: all tokens alike
+        sae.W_out.weight.data.mul_(30)                         # it starts small: all tokens alike
     return sae
 
 
@@ -160,26 +160,21 @@ CASES = tuple(dict(variant=name) for name in hierarchical_sae.VARIANTS) + (
 
 
 def test_hierarchical_losses_equal_the_equations():
-    """Without the shift some tokens have no feature: their c_psi is 0 and passes no gradient
+    """Shifted down some tokens have no feature: their c_psi is 0 and passes no gradient
     (through the straight-through gate it would, 1e8)."""
-    for seed, shift, cases in ((1, 0.6, CASES), (2, 0.0, ({}, dict(routing="top1")))):
+    for seed, shift, cases in ((1, 0.6, CASES), (2, -0.3, ({}, dict(routing="top1")))):
         x, mask = mixed(T=10, D=16, seed=seed)
         for flags in cases:
             sae = hs(shift=shift, **flags)
             follows(lambda sae, x: terms_of(sae, x, mask),
                     lambda p: reference(p, x, mask, sae.sizes, sae.cfg), sae, x, mask, flags)
-            assert shift or not sae.encode(x, mask)[mask].any(-1).all(), flags
+            assert shift > 0 or not sae.encode(x, mask)[mask].any(-1).all(), flags
     refused_with("heads", shaken, "hierarchical_sae", 12)
-
-
-def test_hierarchical_temporal_losses_stay_fp32_under_autocast():
-    sae = hs()
-    image, mask = mixed(T=10, D=16)
-    f = torch.rand(3, 10, 16, generator=torch.Generator().manual_seed(0))
-    exact = hierarchical_sae.temporal_losses(sae, f, image, mask, sae.cfg)
-    with torch.autocast("cpu", torch.bfloat16):
-        terms = hierarchical_sae.temporal_losses(sae, f, image, mask, sae.cfg)
-    assert all(torch.equal(terms[name], value) for name, value in exact.items())
+    sae, terms = hs(), []                                      # fp32 under autocast, too
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            terms.append(hierarchical_sae.temporal_losses(sae, x.relu(), x, mask, sae.cfg))
+    assert terms[0] == terms[1]
 
 
 def test_hierarchical_margin_by_hand():
@@ -224,9 +219,3 @@ def test_hierarchical_monitor_by_hand():
     levels, (mean, square, _) = hierarchical_sae.level_metrics(sae), sae.feature_ema
     variance = [part.mean() for part in (square - mean ** 2).split(sae.sizes)]
     assert abs(levels["variance_drop"] - (1 - variance[2] / variance[0])) < 1e-6
-
-
-def test_hierarchical_finds_the_tree():
-    """Parents on lower levels than children; the router tells tokens with a child from others."""
-    found = recovered("hierarchical_sae", "--plant", "tree", "--variant", "hierarchical")
-    assert found["parents_lower"] > 0 and found["router_shift"] > 0.05, found

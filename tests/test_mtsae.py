@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import folder, log, mixed, model, tiny
-from tests.test_tsae import follows, keep_largest, shaken, standard
+from tests.test_scripts import follows
+from tests.test_tsae import keep_largest, shaken, standard
 
 PAPERS = ("extraction", "unlearning")
 

@@ -1,9 +1,8 @@
-"""What holds for all four scripts, in tables; and what their own tests share: `agree` compares
+"""What holds for all four scripts, in tables; and what their own tests share: `follows` compares
 losses with a reference that was written straight from a paper, token by token."""
 import common                       # before torch: it sets how OpenMP threads wait
 import contextlib
 import copy
-import io
 import math
 import sys
 from unittest import mock
@@ -15,24 +14,15 @@ import hierarchical_sae
 import mtsae
 import temporal_lens
 import tsae
-from tests.helpers import SCRIPTS, config, folder, log, mixed, model, replaced, run, tiny, weights
+from tests.helpers import (SCRIPTS, config, configured, folder, log, mixed, model, replaced, tiny,
+                           weights)
 
 # --- Comparing with a reference --------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def float64():
-    """New tensors are float64, and what a script turns into fp32 stays as it is."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with replaced(torch.Tensor, "float", lambda t: t if t.is_floating_point() else t.double()):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def agree(sae, compute, reference, case=""):
-    """Each term of compute(sae) equals reference(p)'s, in value and in every parameter's gradient.
+def follows(losses, reference, sae, x, mask, case):
+    """Each term of losses(sae, x) equals reference(p)'s, in value and every parameter's gradient;
+    as logged, error is squared and summed over D, active counts features on, both a scored token.
 
     p: float64 copies of parameters (leaves) and buffers. Compared in float64 to 1e-9, which leaves
     no room for another formula, and as it runs, in fp32: values to 1e-5, gradients to 1e-4 (where a
@@ -42,31 +32,31 @@ def agree(sae, compute, reference, case=""):
     names = [name for name, q in sae.named_parameters() if q.requires_grad]
     p = {name: value.detach().clone().requires_grad_(name in names)
          for name, value in twin.state_dict().items()}
-    want = reference(p)
 
-    def gradients(term, leaves):                           # 0 where a term does not depend on one
-        term = term + 0 * sum(q.sum() for q in leaves)
-        return torch.autograd.grad(term, leaves, retain_graph=True)
-
-    leaves = [p[name] for name in names]
-    slopes = {term: gradients(value, leaves) for term, value in want.items()}
+    def measured(terms, leaves):
+        zero = 0 * sum(q.sum() for q in leaves)            # a term need not depend on each
+        terms = {name: term + zero for name, term in terms.items()}
+        return {name: (term.item(), torch.autograd.grad(term, leaves, retain_graph=True))
+                for name, term in terms.items()}
+    want = measured(reference(p), [p[name] for name in names])
     for version, bound, slope_bound in ((twin, 1e-9, 1e-9), (sae, 1e-5, 1e-4)):
-        with float64() if version is twin else contextlib.nullcontext():
-            terms = compute(version)
-            assert set(terms) == set(want), (case, set(terms), set(want))
-            leaves = [version.get_parameter(name) for name in names]
-            ours = {term: gradients(value, leaves) for term, value in terms.items()}
-        for term in want:
-            a, b = (float(torch.as_tensor(values[term]).detach()) for values in (terms, want))
+        with contextlib.ExitStack() as stack:
+            if version is twin:            # new tensors are float64, and float() leaves them so
+                torch.set_default_dtype(torch.float64)
+                stack.callback(torch.set_default_dtype, torch.float32)
+                stack.enter_context(replaced(
+                    torch.Tensor, "float", lambda t: t if t.is_floating_point() else t.double()))
+            terms, stats, *_ = losses(version, x.to(version.W_dec))
+            found = measured(terms, [version.get_parameter(name) for name in names])
+        assert set(found) == set(want), (case, set(found), set(want))
+        for term, (b, slopes) in want.items():
+            a, ours = found[term]
             assert abs(a - b) <= bound * max(abs(b), 1e-6), (case, term, version.W_dec.dtype, a, b)
-            floor = 1e-2 * max(g.norm() for g in slopes[term]) + 1e-5   # 0 has no direction
-            for name, a, b in zip(names, ours[term], slopes[term]):
+            floor = 1e-2 * max(g.norm() for g in slopes) + 1e-5        # 0 has no direction
+            for name, a, b in zip(names, ours, slopes):
                 gap = (a.double() - b).norm() / max(b.norm(), floor)
                 assert gap <= slope_bound, (case, term, name, version.W_dec.dtype, gap)
-
-
-def logged(stats, f, sae, x, mask, case=""):
-    """error and active as they are logged: squared error (summed over D), features on, a token."""
+    f = sae(x, mask)[1]
     error = (((x - sae.decode(f)) / sae.scale)[mask] ** 2).sum(-1).mean()
     assert abs(stats["error"] - error) < 1e-4 * error, case
     assert abs(stats["active"] - (f[mask] != 0).sum(-1).float().mean()) < 1e-4, case
@@ -97,18 +87,14 @@ def values(script, flags):
 
 
 def test_invariants_of_every_model():
-    """Masked tokens are heard by nobody; only models that are not causal look ahead; decode is
-    affine with unit rows; the projection removes the gradient along them and nothing else."""
+    """Masked tokens are heard by nobody; only models that are not causal look ahead; rows of W_dec
+    have norm 1, and the projection removes the gradient along them and nothing else."""
     x, mask = mixed(D=16)
     loud = torch.where(mask[..., None], x, 1e3)
     for case in CASES:
         module, sae = SCRIPTS[case[0]], model(case[0], **{"T": 20, "expansion": 1, **values(*case)})
         codes = [sae.encode(z, mask)[mask] for z in (x, loud)]
         assert torch.allclose(*codes, atol=1e-4), case
-        x_hat, f = sae(x, mask)
-        for found in (x_hat, sae.decode(f)):
-            affine = (f @ sae.W_dec + sae.b_dec) * sae.scale
-            assert torch.allclose(found, affine, atol=1e-4), case
         assert sae.W_enc.t().is_contiguous(), case             # the fast TopK wants it so
 
         W, slope = sae.W_dec.detach().clone(), torch.randn(sae.W_dec.shape)
@@ -200,9 +186,7 @@ DEFAULTS = (  # what decides a paper's result; what a variant and the laptop pre
 def test_defaults_are_the_papers_and_presets_scale_the_schedules():
     for module, flags, expected in DEFAULTS:
         preset = "" if "--preset" in flags else "--preset paper "
-        with contextlib.redirect_stdout(io.StringIO()):
-            cfg = common.configure(module.Config, module.LAPTOP, getattr(module, "defaults", None),
-                                   (preset + flags).split())
+        cfg = configured(module, (preset + flags).split())
         wrong = {k: getattr(cfg, k) for k, v in expected.items() if getattr(cfg, k) != v}
         assert not wrong, (module.__name__, flags, wrong)
 
@@ -251,18 +235,23 @@ def test_without_their_mechanism_scripts_are_the_standard_sae_bit_for_bit():
                 assert all(same) == (out != "other"), (out, topk)
 
 
-def recovered(script, *flags):
-    """recovery in eval.json: what a run of 400 steps found of the planted truth."""
-    with folder():
-        status, _, err = run(SCRIPTS[script], "--model", "synthetic", "--out", "a", "--steps", 400,
-                             "--batch_size", 4, "--l1", 1, "--eval", "core", *flags)
-        assert status == 0, err
-        return common.read_json("a/eval.json")["recovery"]
-
-
-def test_known_features_are_found():
-    for script, *flags in (("tsae",), ("tsae", "--no-temporal"), ("mtsae",), ("temporal_lens",),
-                           ("mtsae", "--variant", "unlearning", "--l1", 0.1),   # a norm, no square
-                           ("hierarchical_sae", "--variant", "hierarchical")):
-        found = recovered(script, *flags)
-        assert found["mean_max_cosine"] > 0.7 > found["random_dictionary"] + 0.3, (script, found)
+def test_the_planted_truth_is_found():
+    """Features; windows, by sparse codes and a rate of the masks' own (the paper's lambda does not
+    decide the masks); the tree: parents on lower levels, tokens with a child routed otherwise."""
+    features = lambda r: r["mean_max_cosine"] > 0.7 > r["random_dictionary"] + 0.3
+    tree = lambda r: r["parents_lower"] > 0 and r["router_shift"] > 0.05
+    sharp = lambda r: (min(r["iou"], r["decided"]) > 0.5 and
+                       r["mask_inside"] > r["mask_outside"] + 0.3)
+    vague = lambda r: max(r["iou"], r["decided"]) < 0.5
+    for script, flags, right in (
+            *((script, "", features) for script in ("tsae", "mtsae", "temporal_lens")),
+            ("tsae", "--no-temporal", features),
+            ("mtsae", "--variant unlearning --l1 0.1", features),      # a norm, no square
+            ("hierarchical_sae", "--variant hierarchical", features),
+            ("hierarchical_sae", "--variant hierarchical --plant tree", tree),
+            ("temporal_lens", "--plant windows --alpha_lr 0.03", sharp),
+            ("temporal_lens", "--plant windows --l1 0.04", vague)):
+        with folder():
+            found = tiny(SCRIPTS[script], "a", 400, "--tokens", 65_536, "--heldout_tokens", 8_192,
+                         "--T", 64, "--l1", 1, "--eval", "core", *flags.split())["recovery"]
+        assert right(found), (script, flags, found)

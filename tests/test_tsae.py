@@ -3,14 +3,15 @@ import tsae                         # before torch: common.py sets how OpenMP th
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import Heldout, LinearSAE, config, mixed, model, shake
-from tests.test_scripts import agree, eq_4, logged
+from tests.helpers import LinearSAE, activations, config, mixed, model
+from tests.test_scripts import eq_4, follows
 
 
 def shaken(script, D=6, **values):
     """An untrained SAE in which nothing that counts is a constant: biases, gains, statistics."""
-    sae = shake(model(script, D, **{"T": 20, "k": 3, "expansion": 1, **values}), scale=1.7)
+    sae = model(script, D, **{"T": 20, "k": 3, "expansion": 1, **values})
     gen = torch.Generator().manual_seed(0)
+    sae.scale.fill_(1.7)
     for name, value in sae.named_buffers():
         if value.dim() and value.is_floating_point():
             value.copy_(0.3 * torch.rand(value.shape, generator=gen))
@@ -68,14 +69,6 @@ def standard(p, x, f, mask, cfg, weight=1.0):
         size = torch.where(f < 0, -f, f).sum(-1)               # slope 1 at 0: closed gates learn
         terms["l1"] = cfg.l1 * (weight * size)[mask].sum() / mask.sum()
     return terms
-
-
-def follows(losses, reference, sae, x, mask, case):
-    """The terms of losses(sae, x) are reference(p)'s, and the statistics beside them are right."""
-    def compute(sae):
-        return losses(sae, x.to(sae.W_dec))
-    agree(sae, lambda sae: compute(sae)[0], reference, case)
-    logged(compute(sae)[1], sae(x, mask)[1], sae, x, mask, case)
 
 
 def reference(p, x, mask, step, cfg):
@@ -147,6 +140,7 @@ def test_tsae_transitions_by_hand():
     """Sec. 5.3: features are the columns; of the last one no scored token has any."""
     f = torch.tensor([[[4.0, 2.0, 0.0], [4, 0, 0], [0, 0, 0], [0, 2, 0], [9, 9, 9], [4, 0, 0]]])
     mask = torch.tensor([[True, True, True, True, False, True]])       # pairs 0-1, 1-2 and 2-3
-    found = tsae.transitions(LinearSAE(torch.eye(3), torch.eye(3)), Heldout(f, mask))["transitions"]
+    sae = LinearSAE(torch.eye(3), torch.eye(3))
+    found = tsae.transitions(sae, activations(f, mask))["transitions"]
     for name, value in dict(p_stay=0.25, p_on=0.25, variance=(16 + 4) * 0.6 * 0.4 / 3).items():
         assert abs(found[name] - value) < 1e-5, found
