@@ -33,8 +33,7 @@ Paper -> code
     Sec. 1, 5.1     HierarchicalSAE.predict         GRU: feature tracking, evolution prediction
     Eq. 3-5, 11-13  update_margin                   dynamic margin (printed twice in the paper)
     Eq. 6, 14       update_attribution              attribution, from the backward pass
-    Eq. 7, 15       adversarial_weight              lambda_adv
-    Eq. 8, 16       losses, adversarial_loss        the total
+    Eq. 7, 8, 15, 16   losses, adversarial_loss     lambda_adv; the total
     Sec. 5.2, 6.1   update_monitor, level_metrics   EMA of feature statistics; each level's
 
 What the paper leaves open; each is argued at the line that settles it: grep -n "open B.gate" *.py
@@ -135,17 +134,9 @@ LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, batch_size=4, lm_batch=16, 
               gru_divisor=4, checkpointing=False)                                 # memory only
 PAPER = {"levels.variance_drop": "0.40 (Sec. 6.1)", "unlearning.score": "0.0 (all variants)"}
 
-
-def variant(cfg):
-    """Name of the run's variant, used for the run folder."""
-    return cfg.variant + f"-topk{cfg.k}" * (cfg.activation == "topk")
-
-
 # ---------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------
-
-
 class HierarchicalSAE(nn.Module):
     """The SAE of paper B with the parts of cfg.variant. Only the temporal variant mixes tokens."""
 
@@ -165,8 +156,7 @@ class HierarchicalSAE(nn.Module):
         #   seen (leakage where the code is spliced into the LM), by all but the router / --causal
         self.causal = cfg.causal or not self.parts["temporal"]
         # open S.start: not given / here as usual W_enc = W_dec^T, b_enc = 0, b_dec the mean
-        W = torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights"))
-        W = W / W.norm(dim=1, keepdim=True)
+        W = F.normalize(torch.randn(n_features, D, generator=common.generator(cfg.seed, "weights")))
         self.W_dec = nn.Parameter(W)                                      # (F, D), unit-norm rows
         self.W_enc = nn.Parameter(W.t().clone())                          # (D, F)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
@@ -186,20 +176,16 @@ class HierarchicalSAE(nn.Module):
             if self.levels > 1:
                 self.router = nn.Linear(D, self.levels)
             if self.parts["temporal"]:
-                self.add_temporal_layers(D, n_features)
-
-    def add_temporal_layers(self, D, n_features):
-        """Layers of f_local, f_temp and the GRU; the weights of c_psi."""
-        if self.cfg.conv:                                                 # Sec. 5.1: kernel size 3
-            self.conv1, self.conv2 = nn.Linear(3 * D, D), nn.Linear(3 * D, D)
-        self.W_qkv, self.W_out = (nn.Linear(D, n * D, bias=False) for n in (3, 1))
-        self.W_out.weight.data.mul_(0.1)   # near the standard SAE, not tuned (0 starves conv1)
-        if self.cfg.lambda_temp:                                          # Sec. 5.1: two layers
-            width = max(1, D // self.cfg.gru_divisor)
-            self.gru = nn.GRU(D, width, num_layers=2, batch_first=True)
-            self.W_next = nn.Linear(width, D, bias=False)                 # a GRU's state is bounded
-            if self.cfg.consistency == "learned":
-                self.log_psi = nn.Parameter(torch.zeros(n_features))
+                if cfg.conv:                                              # Sec. 5.1: kernel size 3
+                    self.conv1, self.conv2 = nn.Linear(3 * D, D), nn.Linear(3 * D, D)
+                self.W_qkv, self.W_out = (nn.Linear(D, n * D, bias=False) for n in (3, 1))
+                self.W_out.weight.data.mul_(0.1)   # near a standard SAE; not tuned (0: conv1 dies)
+            if self.parts["temporal"] and cfg.lambda_temp:                # Sec. 5.1: two layers
+                width = max(1, D // cfg.gru_divisor)
+                self.gru = nn.GRU(D, width, num_layers=2, batch_first=True)
+                self.W_next = nn.Linear(width, D, bias=False)             # a GRU's state is bounded
+                if cfg.consistency == "learned":
+                    self.log_psi = nn.Parameter(torch.zeros(n_features))  # weights of c_psi
 
     def encode(self, x, mask=None):
         """Raw activations (B, T, D), mask -> features (B, T, F). Not temporal: also (N, D)."""
@@ -313,12 +299,9 @@ def remove_parallel_gradient(sae):  # SAME AS tsae.py:remove_parallel_gradient
     W, grad = sae.W_dec, sae.W_dec.grad
     grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
-
 # ---------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------
-
-
 def losses(sae, x, mask, n, step, cfg):  # DIFFERS FROM tsae.py:losses - routing, temporal terms
     """Terms of Eq. 8, 16 but L_adv, and routing; all weighted; statistics; (f, p, choice). fp32.
 
@@ -415,7 +398,8 @@ def adversarial_loss(sae, f, mask, cfg):
         if cfg.spurious == "similarity":
             A_spurious = a @ F.relu(s.detach()) / a.sum().clamp(min=1e-30)
         log["A_spurious"] = A_spurious
-    log["lambda_adv"] = cfg.adv_scale * adversarial_weight(A_spurious)
+    # Eq. 7 (Sec. 4.3), Eq. 15 (Sec. 5.5): lambda_adv = max(A_spurious - 0.5, 0.1)
+    log["lambda_adv"] = cfg.adv_scale * (A_spurious - 0.5).clamp(min=0.1)
     return log["lambda_adv"] * L_adv / common.world(), log               # each process its part
 
 
@@ -439,20 +423,12 @@ def update_margin(sae, s, cfg):
     # Eq. 5, Eq. 13 (Sec. 5.4): m_t = mu_t + 2 sigma_t
     return mean + 2 * std   # EXERCISE 10
 
-
 # ---------------------------------------------------------------------------------------------
-# Schedules: functions of the step or of A_spurious; statistics that run over the steps
+# Schedules: pure functions of the step; statistics that run over the steps
 # ---------------------------------------------------------------------------------------------
-
-
 def lr_factor(step, cfg):  # SAME AS tsae.py:lr_factor
     """Learning-rate multiplier: linear warm-up, then 1."""
     return min(1.0, (step + 1) / max(1, cfg.lr_warmup))
-
-
-def adversarial_weight(A_spurious):
-    """Eq. 7 (Sec. 4.3), Eq. 15 (Sec. 5.5): lambda_adv = max(A_spurious - 0.5, 0.1)."""
-    return (A_spurious - 0.5).clamp(min=0.1)
 
 
 @torch.no_grad()
@@ -492,12 +468,9 @@ def level_metrics(sae):
         out[f"{name}_drop"] = 1 - table[name][-1] / table[name][0].clamp(min=1e-30)
     return {**out, "entropy": sae.route_ema[1].sum()}                     # of a token, <= log L
 
-
 # ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------
-
-
 def train(cfg, acts):
     """Train one SAE on the activations of one layer (common.Activations). -> evaluation."""
     sae = HierarchicalSAE(acts.D, cfg).to(acts.device)
@@ -509,7 +482,8 @@ def train(cfg, acts):
         sae.b_dec.copy_(acts.mean / acts.scale)
     # open S.decay: "Adam" (Sec. 5.1) / here AdamW without decay, which is Adam / --weight_decay
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    name = cfg.variant + f"-topk{cfg.k}" * (cfg.activation == "topk")
+    run = common.Run(__file__, name, cfg, acts, sae, opt)
     compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():
@@ -542,7 +516,6 @@ def train(cfg, acts):
         # ---------------------------------------------------------------------------------------
         run.log(step, {**terms, **stats}, lr=opt.param_groups[0]["lr"], **scalars,
                 **(level_metrics(sae) if run.log_due(step) else {}))
-
     return run.evaluate(PAPER, extra_metrics)
 
 
@@ -565,12 +538,9 @@ def prediction_skill(sae, acts):
             sums[name] += ((guess[:, :-1] - image[:, 1:]) * pair).double().square().sum().item()
     return 1 - sums["error"] / max(sums["unchanged"], 1e-30)
 
-
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     """Command line; returns the exit status."""
     return common.launch(__doc__, Config, train, LAPTOP, argv=argv)

@@ -136,17 +136,9 @@ def defaults(cfg):
     """What the variant sets where the user set nothing; Config's defaults are paper A's."""
     return VARIANTS[cfg.variant]
 
-
-def variant(cfg):
-    """Name of the run's variant, used for the run folder."""
-    return cfg.variant + f"-topk{cfg.k}" * (cfg.activation == "topk")
-
-
 # ---------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------
-
-
 class MTSAE(nn.Module):
     """Sparse autoencoder behind dilated depth-wise convolutions; it encodes sequences."""
 
@@ -289,12 +281,9 @@ def remove_parallel_gradient(sae):   # SAME AS tsae.py:remove_parallel_gradient
     W, grad = sae.W_dec, sae.W_dec.grad
     grad.addcmul_((grad * W).sum(1, keepdim=True), W, value=-1)
 
-
 # ---------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------
-
-
 def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms; n counts pairs, too
     """Terms of Eq. A.6 or D.4, already weighted (their sum is the loss), statistics, code. fp32.
 
@@ -323,7 +312,6 @@ def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms;
         cosine = dot / (norm[:, 1:] * norm[:, :-1]).clamp(min=1e-8)       # 0 where nothing is on
         terms["coherence"] = -cfg.coherence * (cosine * neighbours(mask)).sum() / pairs
     if cfg.variant == "unlearning" and cfg.separation:
-        # Eq. D.1, D.4: + λ_2 1/(K(K-1)) Σ_{i≠j} max(0, cos(z_i, z_j))
         z = [F.normalize(z_k, dim=-1) for z_k in h.split(x.shape[-1], -1)]   # K times (B, T, D)
         cosine = sum(F.relu((a * b).sum(-1)) for a, b in itertools.combinations(z, 2))   # (B, T)
         mean = cosine / max(1, math.comb(len(z), 2))                      # i < j for i ≠ j
@@ -335,12 +323,9 @@ def neighbours(mask):   # EXERCISE 8
     """Pairs (t, t+1) of scored tokens: (B, T) -> (B, T - 1)."""
     return mask[:, 1:] & mask[:, :-1]
 
-
 # ---------------------------------------------------------------------------------------------
 # Schedules: pure functions of the step
 # ---------------------------------------------------------------------------------------------
-
-
 def lr_factor(step, cfg, total):   # DIFFERS FROM tsae.py:lr_factor - D's cosine needs the last step
     """Learning-rate multiplier: warm-up, then 1 (Sec. A.4.3) or a cosine to 0 at `total` (D)."""
     # open D.schedule: "cosine learning rate warmup" / here linear, then a cosine to 0 / --schedule
@@ -380,12 +365,9 @@ def resample(sae, opt, x, mask, step, cfg):
             opt.state[sae.b_enc][moment][dead] = 0.0
         sae.inactive[dead], sae.resampled[dead] = 0, sae.resampled[dead] + 1
 
-
 # ---------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------
-
-
 def train(cfg, acts):
     """Train one SAE on the activations of one layer (common.Activations). -> evaluation."""
     sae = MTSAE(acts.D, cfg).to(acts.device)
@@ -400,7 +382,8 @@ def train(cfg, acts):
         sae.mean.copy_(sae.b_dec)
     # open S.decay: A none, D 0.01 / here of every parameter, AdamW's way / --weight_decay
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    name = cfg.variant + f"-topk{cfg.k}" * (cfg.activation == "topk")
+    run = common.Run(__file__, name, cfg, acts, sae, opt)
     compute = common.compiled(losses, cfg)   # --compile, or losses itself
     for step in run.steps():
         # 1. batch
@@ -430,7 +413,6 @@ def train(cfg, acts):
             resample(sae, opt, x, mask, step, cfg)
         # ---------------------------------------------------------------------------------------
         run.log(step, {**terms, **stats}, lr=opt.param_groups[0]["lr"], **watched)
-
     return run.evaluate(PAPER[cfg.variant], findings)
 
 
@@ -485,12 +467,9 @@ def mixing(sae, acts):   # EXERCISE 7
     share = 1 / (1 + own.square().sum() / others.square().sum())
     return {"reach": reach, "neighbours": share.item()}
 
-
 # ---------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     """Command line; returns the exit status."""
     return common.launch(__doc__, Config, train, LAPTOP, defaults, argv)

@@ -6,7 +6,6 @@ Run     python temporal_lens.py --layer 5,12,19               three SAEs, as in 
         python temporal_lens.py --no-masks --uniform_weights  nothing depends on the position
         python temporal_lens.py --model synthetic --plant windows --l1 1 --alpha_lr 3e-2
                                                               masks that have something to find
-        python -m evals.positions RUN                         the analysis of Sec. 6 again
 
 The idea. A standard SAE treats every position of a sequence alike. TemporalLens multiplies each
 feature by a gate between 0 and 1 that depends on the position only and is learnt with the feature:
@@ -14,8 +13,7 @@ soft at first (temperature 5), sharp at the end (0.1). Positions that reconstruc
 weight in the loss. Afterwards one reads off where in the sequence each feature works.
 Beware. At temperature 0.1, logits that nothing has moved still look like masks, so the analysis
 also says how much of them is their random first draw. And lambda decides what masks can do: at 0.04
-most features are on at every token and on text no mask is decided; where features belong to a part
-of the positions half are, with sparse codes and faster logits nearly all (see E.alpha_lr).
+most features are on at every token and on text no mask is decided (see E.alpha_lr).
 
 Notation (paper -> code)
     h_t in R^d      residual stream at token t            x          (B, T, D)
@@ -130,13 +128,6 @@ PAPER = {"positions.no_sink.early_error": "-15 % (Abstract)",
          "positions.span": "L5 16, L12 32-48, L19 64 (6.3)"}
 HISTORY = 100         # rows kept of the position weights over training
 
-
-def variant(cfg):
-    """Name of the run's variant, used for the run folder."""
-    name = "nomasks" if not cfg.masks else "static" if cfg.static_masks else "lens"
-    name += "-uniform" * cfg.uniform_weights + f"-tau{cfg.tau_end:g}" * (not cfg.anneal)
-    return name + f"-topk{cfg.k}" * (cfg.activation == "topk")
-
 # ---------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------
@@ -214,11 +205,6 @@ class TemporalLens(nn.Module):
     def position_weights(self):
         """w_t of Eq. 8, normalised to sum to T, without gradient: (T,)."""
         return self.error_ema * (len(self.error_ema) / self.error_ema.sum())
-
-    @torch.no_grad()
-    def fold(self):
-        """Make the masks hard for good, on where alpha > 0: the limit tau -> 0 of Eq. 4."""
-        self.tau.fill_(1e-30)
 
 
 def topk(pre, k):  # SAME AS tsae.py:topk
@@ -324,7 +310,10 @@ def train(cfg, acts):
     groups = [{"params": others, "base": cfg.lr}, {"params": masks, "base": cfg.alpha_lr or cfg.lr}]
     opt = torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr,
                             weight_decay=cfg.weight_decay, fused=True)
-    run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    name = "nomasks" if not cfg.masks else "static" if cfg.static_masks else "lens"
+    name += "-uniform" * cfg.uniform_weights + f"-tau{cfg.tau_end:g}" * (not cfg.anneal)
+    name += f"-topk{cfg.k}" * (cfg.activation == "topk")
+    run = common.Run(__file__, name, cfg, acts, sae, opt)
     compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():

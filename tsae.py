@@ -115,11 +115,6 @@ def defaults(cfg):
     #   alone it would gain 0.009 EV over the other scripts / --clip
     return {} if cfg.temporal else {"clip": 0.0}
 
-
-def variant(cfg):
-    """Name of the run's variant, used for the run folder."""
-    return ("tsae" if cfg.temporal else "standard") + f"-topk{cfg.k}" * (cfg.activation == "topk")
-
 # ---------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------
@@ -321,7 +316,8 @@ def train(cfg, acts):
         sae.b_dec.copy_(acts.mean / acts.scale)
     # open S.decay: not given / here 0, as usual for SAEs / --weight_decay 0.01 is PyTorch's default
     opt = torch.optim.AdamW(sae.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    run = common.Run(__file__, variant(cfg), cfg, acts, sae, opt)
+    name = ("tsae" if cfg.temporal else "standard") + f"-topk{cfg.k}" * (cfg.activation == "topk")
+    run = common.Run(__file__, name, cfg, acts, sae, opt)
     compute = common.compiled(losses, cfg)   # --compile, or losses itself
 
     for step in run.steps():

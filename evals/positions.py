@@ -128,7 +128,7 @@ def read_masks(sae, acts, m, error, energy):
     ones (what the draw alone makes of it: compare a run with --shuffle train).
     """
     tau = sae.tau.clone()
-    sae.fold()
+    sae.tau.fill_(1e-30)   # hard masks, on where alpha > 0: the limit tau -> 0 of Eq. 4
     folded = measure(sae, acts)[0][0].sum()
     sae.tau.copy_(tau)
     draw, alpha = sae.initial_alpha().cpu().flatten(), sae.alpha.detach().cpu().flatten()
