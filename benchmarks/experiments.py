@@ -1,16 +1,14 @@
-"""Runs behind the tables: suites of (script, flags, seeds, layers), each run made once and kept.
+"""Runs behind the tables: rows of (script, flags, seeds, layers), each run made once and kept.
 
     python benchmarks/experiments.py compare              what is missing, then the table and figure
-    python benchmarks/experiments.py compare --seeds 42 --rows "TopK 64" --more "--cache DIR"
-    python benchmarks/experiments.py settings             what each common setting is worth
     python benchmarks/experiments.py tables               write the tables of README.md and docs/
 
 The runs of single papers, their ablations and readings are those of benchmarks/claims.py. A run
 lives in runs/bench/<script>-<flags>/L<layer>-s<seed>, whoever asked for it. A run that is finished
-there, or recorded in results/<suite>.json, is not repeated (--again: the recorded ones are); an
+there, or recorded in results/<table>.json, is not repeated (--again: the recorded ones are); an
 evaluation that it lacks is added, an interrupted run goes on. Every run is a process of one thread,
 as many at a time as there are cores. Flags are the whole difference to the scripts' laptop preset.
-results/<suite>.json holds the metrics of COLUMNS and, by seed, command, commit, versions, machine.
+results/<table>.json holds the metrics of COLUMNS and, by seed, command, commit, versions, machine.
 """
 import argparse
 import concurrent.futures
@@ -32,7 +30,7 @@ from benchmarks import throughput
 
 RUNS, RESULTS = HERE / "runs" / "bench", HERE / "results"
 
-# --- Suites ---
+# --- What is compared ---
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -71,37 +69,28 @@ METHODS = {      # name in the comparison: (script, flags that make the method)
         ("random decoder", "random"))}}
 ONE_TOKEN = ("standard", "Matryoshka", "random decoder")   # no use of the order of tokens
 # One text, optimiser, schedule and clipping for every method: a safeguard would be worth more than
-# a paper's idea (clipping alone 0.009 EV). Suite "settings" shows what each is worth.
+# a paper's idea (clipping alone 0.009 EV).
 SAME = ("--data bundled --steps 2500 --batch_size 4 --lr 3e-4 --lr_warmup 500 --weight_decay 0 "
         "--clip 0 --project_gradient --recon_reduction sum")
 ALL = "core,temporal,probing"
 
 
-def stage(method, k, more="", **fields):
-    """A method on the common stage, k features active at a token; later flags win."""
+def stage(method, k, more="", elsewhere=()):
+    """A method on the common stage, k features active at a token."""
     script, flags = METHODS[method]
-    both = {p.split()[0].removeprefix("no-"): p for p in f" {flags} {SAME} {more}".split(" --")[1:]}
-    flags = " ".join(f"--{p.strip()}" for p in both.values())
-    return Row(script, f"{flags} --activation topk --k {k}", ALL, **fields)
+    flags = f"{flags} {SAME} {more} --activation topk --k {k}"
+    return Row(script, " ".join(flags.split()), ALL, elsewhere=elsewhere)
 
 
-SUITES = {
-    "compare": {
-        **{f"{m}, TopK {k}": stage(m, k, elsewhere=(5, 12) if k == 64 else ())
-           for k in (64, 16, 256) for m in METHODS},
-        **{f"{m}, shuffled, TopK 64": stage(m, 64, "--shuffle train")
-           for m in METHODS if m not in ONE_TOKEN},
-        **{f"{m}, paper's ReLU": Row(METHODS[m][0], flags, ALL) for m, flags in (
-            ("standard", "--no-temporal"), ("TSAE", ""), ("MTSAE extraction", "--steps 2500"),
-            ("MTSAE unlearning", "--variant unlearning --steps 2500 --dtype auto"),
-            ("TemporalLens", "--data bundled"), ("hierarchical", ""))}},
-    "settings": {     # what each setting of the common stage is worth alone
-        **{f"{m}, clip {c}": stage(m, 64, f"--clip {c}", seeds=(42,))
-           for m in METHODS for c in (0, 2)},
-        **{f"standard, {what}": stage("standard", 64, flag, seeds=(42,)) for what, flag in (
-            ("weight decay 0.01", "--weight_decay 0.01"), ("no warm-up", "--lr_warmup 0"),
-            ("gradient not projected", "--no-project_gradient"))}},
-}
+COMPARE = {
+    **{f"{m}, TopK {k}": stage(m, k, elsewhere=(5, 12) if k == 64 else ())
+       for k in (64, 16, 256) for m in METHODS},
+    **{f"{m}, shuffled, TopK 64": stage(m, 64, "--shuffle train")
+       for m in METHODS if m not in ONE_TOKEN},
+    **{f"{m}, paper's ReLU": Row(METHODS[m][0], flags, ALL) for m, flags in (
+        ("standard", "--no-temporal"), ("TSAE", ""), ("MTSAE extraction", "--steps 2500"),
+        ("MTSAE unlearning", "--variant unlearning --steps 2500 --dtype auto"),
+        ("TemporalLens", "--data bundled"), ("hierarchical", ""))}}
 
 # --- Running ---
 
@@ -146,11 +135,7 @@ def run(pairs, more="", workers=0):
         names = ",".join(dict.fromkeys([*before, *row.evals.split(",")]))
         jobs[row.folder(*job)] = dataclasses.replace(row, evals=names), job
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        try:
-            failed = list(pool.map(lambda job: one(*job, more), jobs.values())).count(False)
-        except KeyboardInterrupt:          # the running ones got it too: they save and stop
-            pool.shutdown(cancel_futures=True)
-            raise SystemExit(130) from None
+        failed = list(pool.map(lambda job: one(*job, more), jobs.values())).count(False)
     if failed:
         print(f"{failed} of {len(jobs)} runs failed; the same command goes on.")
 
@@ -197,7 +182,6 @@ COLUMNS = {
     "EV": "core.EV", "L0": "core.L0", "CE score": "core.ce_loss_score", "dead": "core.dead",
     "neighbour cosine": "temporal.neighbour_cosine", "total variation": "temporal.total_variation",
     "span": "temporal.span", "probe k=1": "probing.sae_top_1", "probe k=5": "probing.sae_top_5",
-    "probe k=20": "probing.sae_top_20", "seconds": "train_seconds", "steps": "steps",
     "early error": "positions.no_sink.early_error", "mean mask": "positions.mean_mask",
     "with the sink": "positions.sink_fitted.early_error", "decided": "positions.decided",
     "weight-error r": "positions.weight_difficulty_r", "span by position": "positions.span",
@@ -210,16 +194,14 @@ COLUMNS = {
 
 
 def show(table, columns=()):
-    """A markdown table, mean ± sd over seeds; columns not named: those that have values. Seconds
-    are the fastest seed's, since others may have shared the machine."""
+    """A markdown table, mean ± sd over seeds; columns: {name: metric} [those with values]."""
     there = {metric for row in table.values() for metric in row["values"]}
-    columns = columns or [column for column, metric in COLUMNS.items() if metric in there]
+    columns = columns or {name: metric for name, metric in COLUMNS.items() if metric in there}
     lines = ["| row | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for label, row in table.items():
         cells = [label.removesuffix(" | layer 19").replace(" | ", ", "), str(len(row["seeds"]))]
-        for column in columns:
-            values = list(row["values"].get(COLUMNS[column], {}).values())
-            values = [min(values)] if values and column == "seconds" else values
+        for metric in columns.values():
+            values = list(row["values"].get(metric, {}).values())
             digits = 1 if values and abs(statistics.fmean(values)) >= 10 else 3
             cells.append(" ± ".join(f"{value:.{digits}f}" for value in mean_sd(values)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -233,10 +215,10 @@ def mean_sd(values):
 
 def fill(pattern, body):
     """In README.md, docs/ and benchmarks/README.md: what stands between a line `<!-- pattern -->`
-    and `<!-- end -->` (or `<!-- /controls -->`) becomes body(match)."""
+    and `<!-- end -->` becomes body(match)."""
     for page in (HERE / "README.md", HERE / "benchmarks/README.md", *HERE.glob("docs/*.md")):
         before = page.read_text()
-        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- (?:end|/controls) -->)",
+        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- end -->)",
                        lambda m: f"{m[1]}{body(m)}\n", before)
         if after != before:
             common.write_atomic(page, after)
@@ -246,11 +228,11 @@ def table_of(match):
     """`<!-- table SUITE: rows (an expression): columns -->` -> the recorded rows."""
     table = {key: row for key, row in recorded(match[2]).items()
              if re.match(rf"({match[3]}) \|", key)}
-    return show(table, match[4].split(", ")) if table else "not run"
+    return show(table, {c: COLUMNS[c] for c in match[4].split(", ")}) if table else "not run"
 
 
 def recorded(suite):
-    """The rows of results/<suite>.json, without those of an older format."""
+    """The rows of results/<table>.json, without those of an older format."""
     path = RESULTS / f"{suite}.json"
     table = common.read_json(path) if path.exists() else {}
     return {key: row for key, row in table.get("runs", table).items()
@@ -309,26 +291,19 @@ def prepare(args, table, old):
 
 def main(argv=None):
     parser = arguments(__doc__)
-    parser.add_argument("suite", choices=[*SUITES, "tables"])
-    parser.add_argument("--seeds", default="", help="such as 42,43 [the suite's]")
-    parser.add_argument("--rows", default="", help="rows whose label matches this expression")
+    parser.add_argument("what", choices=["compare", "tables"])
     args = parser.parse_args(argv)
-    if args.suite == "tables":
+    if args.what == "tables":
         fill(r"table (\w+): (.+): (.+)", table_of)
         return fill(r"speed (\w+)", lambda m: throughput.markdown(common.read_json(
             RESULTS / f"{m[2]}.json")) if (RESULTS / f"{m[2]}.json").exists() else "not run")
-    seeds = tuple(map(int, filter(None, args.seeds.split(","))))
-    chosen = {label: dataclasses.replace(row, seeds=seeds or row.seeds)
-              for label, row in SUITES[args.suite].items() if re.search(args.rows, label)}
-    old = recorded(args.suite)
-    prepare(args, chosen, old)
-    table = collect(SUITES[args.suite], old, COLUMNS.values())
-    if table:
-        common.write_json(RESULTS / f"{args.suite}.json", table)
+    old = recorded("compare")
+    prepare(args, COMPARE, old)
+    if table := collect(COMPARE, old, COLUMNS.values()):
+        common.write_json(RESULTS / "compare.json", table)
         print(show(table))
-        if args.suite == "compare":
-            draw(table, RESULTS / "compare.png")
+        draw(table, RESULTS / "compare.png")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.guard(main))
