@@ -1,6 +1,6 @@
 """Every test. `python test_all.py` runs all, `python test_all.py tsae resume` those whose file or
-name holds one of the words, `python test_all.py exercise_3` one exercise's check. `--slowest` lists
-the slowest. The tests are plain functions in tests/, and pytest finds the same ones.
+name holds one of the words, `python test_all.py exercise_3` one exercise's check. The tests
+are plain functions in tests/, and pytest finds the same ones (its --durations: the slowest).
 
 Tests of what this machine lacks (a model's weights, a browser, a library) are skipped with the
 reason. Two tests run at a time where there are two cores, each in a process with one thread.
@@ -48,10 +48,9 @@ def run_test(file, name):
 
 
 def main(words):
-    slowest = "--slowest" in words
-    tests = collect([word for word in words if word != "--slowest"])
+    tests = collect(words)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    counts, seconds = dict(passed=0, failed=0, skipped=0), {}
+    counts = dict(passed=0, failed=0, skipped=0)
     workers = max(1, min(2, os.cpu_count() or 1, len(tests)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {pool.submit(run_test, *test): ".".join(test) for test in tests}
@@ -61,11 +60,7 @@ def main(words):
             except Exception as error:                          # the process died
                 outcome, text, took = "failed", repr(error), 0.0
             counts[outcome] += 1
-            seconds[jobs[job]] = took
             print(f"{outcome:8}{jobs[job]}  ({took:.1f} s)  {text}", flush=True)
-    if slowest:
-        for name in sorted(seconds, key=seconds.get, reverse=True)[:20]:
-            print(f"{seconds[name]:6.1f} s  {name}")
     print("{passed} passed, {failed} failed, {skipped} skipped".format(**counts))
     return 1 if counts["failed"] or not tests else 0
 

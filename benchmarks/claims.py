@@ -10,7 +10,6 @@ fails, or is undecided where a bound lies within two standard errors of the mean
 is refuted only if it fails in all its readings. The papers give no tolerances: the bounds are ours.
 """
 import collections
-import functools
 import json
 import math
 import re
@@ -101,7 +100,8 @@ def read(folder):
         tensors = common.load_tensors(folder / "sae_weights.safetensors")[0]
         n, D = tensors["W_dec"].shape
         out["decoder_cosine"] = max_cosine(tensors["W_dec"]).mean().item()
-        out["cosine_over_random"] = out["decoder_cosine"] / random_cosine(n, D)
+        directions = torch.randn(n, D, generator=common.generator(0, "directions"))
+        out["cosine_over_random"] = out["decoder_cosine"] / max_cosine(directions).mean().item()
         units, l1 = D / tensors["scale"].item() ** 2, config["config"]["l1"]
         out.update(derived(lambda name: out.get(name, math.nan), units, l1))
     return {k: v for k, v in out.items() if isinstance(v, (int, float)) and math.isfinite(v)}
@@ -124,33 +124,26 @@ def derived(get, units, l1):
         "positions.learnt": get("positions.decided") * (get("positions.r_with_first_draw") < 0.5)}
 
 
-@functools.lru_cache
-def random_cosine(n, D):
-    W = torch.randn(n, D, generator=common.generator(0, "directions"))
-    return max_cosine(W).mean().item()
-
-
 def log_summary(log):
-    """Numbers from the lines of log.jsonl. noise: deviation about a straight line over the mean, in
-    the last third or (early) the first tenth; loss_variance: its square without the mean."""
-    columns = {k: [row[k] for row in log if k in row] for k in log[-1]}
-    n, loss = len(log), columns["loss"]
-    late, early = {k: v[-max(1, len(v) // 3):] for k, v in columns.items()}, loss[:max(3, n // 10)]
-    out = {"log.steps": log[-1]["step"] + 1, "log.loss_variance": spread(late["loss"]) ** 2,
-           "log.loss_noise": spread(late["loss"]) / fmean(late["loss"]),
-           "log.active_noise": spread(late["active"]) / max(fmean(late["active"]), 1e-12),
-           "log.early_noise": spread(early) / fmean(early),
-           "log.spike": max(loss[n // 2:]) / statistics.median(loss[n // 2:]),
-           "log.EV_early": fmean(columns["EV"][n // 5:n // 4 + 1])}
-    if "grad_norm" in columns:
-        out["log.grad_norm"] = statistics.median(columns["grad_norm"])
-    if "temporal" in columns:
-        out["log.temporal_share"] = fmean(late["temporal"]) / fmean(late["loss"])
-    if "lambda_adv" in columns:
-        out["log.above_floor"] = fmean(v > 0.1 + 1e-6 for v in columns["lambda_adv"])
-    if "over_margin" in columns:
-        out["log.over_margin"] = fmean(columns["over_margin"])
-    return out
+    """Numbers from the lines of log.jsonl, NaN where there are none. noise: deviation about a
+    straight line over the mean, in the last third or (early) the first tenth; loss_variance: its
+    square without the mean."""
+    def column(name):
+        return [row[name] for row in log if name in row] or [math.nan]
+    def late(name):
+        return column(name)[-max(1, len(column(name)) // 3):]
+    n, loss = len(log), column("loss")
+    early, above = loss[:max(3, n // 10)], [v - 0.1 - 1e-6 for v in column("lambda_adv")]
+    return {"log.steps": log[-1]["step"] + 1, "log.loss_variance": spread(late("loss")) ** 2,
+            "log.loss_noise": spread(late("loss")) / fmean(late("loss")),
+            "log.active_noise": spread(late("active")) / max(fmean(late("active")), 1e-12),
+            "log.early_noise": spread(early) / fmean(early),
+            "log.spike": max(loss[n // 2:]) / statistics.median(loss[n // 2:]),
+            "log.EV_early": fmean(column("EV")[n // 5:n // 4 + 1]),
+            "log.grad_norm": statistics.median(column("grad_norm")),
+            "log.temporal_share": fmean(late("temporal")) / fmean(late("loss")),
+            "log.above_floor": fmean((v > 0) + 0 * v for v in above),
+            "log.over_margin": fmean(column("over_margin"))}
 
 
 def spread(values):
@@ -353,4 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.guard(main))

@@ -7,7 +7,7 @@ the method trained on data whose truth is destroyed (--shuffle train). Settings 
 seeds 1 to 4; seeds 42 to 44 were looked at, too (T = 256 was chosen after them), so 45 to 47 are
 recorded: other weights and order, the same planted sequences. Writes results/controls.json,
 results/controls.png and, in docs/results.md, what stands between `<!-- controls -->` and
-`<!-- /controls -->`. About 7 minutes on two cores.
+`<!-- end -->`. About 7 minutes on two cores.
 """
 import dataclasses
 import json
@@ -20,7 +20,7 @@ import common                   # before torch: it sets how idle threads wait
 import numpy as np
 
 from benchmarks import experiments
-from benchmarks.experiments import Row, mean_sd
+from benchmarks.experiments import Row
 
 WHY = {   # reasons, and what else was tried (seeds 1 to 4)
     "A": """Coherence 45 is 300 times the paper's 0.15, 4.7 times what 0.15 is on activations of
@@ -151,14 +151,10 @@ def section(record):
              "![controls](../results/controls.png)", ""]
     for paper, control in CONTROLS.items():
         found = values(record, paper)
-        columns = ("core.EV", "core.L0", *control.columns)
+        rows = {label: row for label, row in record.items() if label.startswith(f"{paper}: ")}
+        columns = {c.removeprefix(R): c for c in control.columns}
         lines += [f"### Paper {paper}: `{control.plant}`", "",
-                  "| row | " + " | ".join(c.removeprefix(R) for c in columns) + " |",
-                  "|---" * (len(columns) + 1) + "|"]
-        for name, metrics in found.items():
-            cells = [" ± ".join(f"{x:.3f}" for x in mean_sd([*metrics.get(c, [])]))
-                     for c in columns]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                  experiments.show(rows, {"EV": "core.EV", "L0": "core.L0", **columns})]
         met = {mark: test(found) for mark, test in control.marks.items()}
         lines += ["", *(f"- {mark}: {'met' if seeds.all() else '**not met**'} ({seeds.sum()} of "
                         f"{len(seeds)} seeds)" for mark, seeds in met.items()), "", WHY[paper], ""]
@@ -192,7 +188,7 @@ def main(argv=None):
     table = {label: row for paper, c in CONTROLS.items() for label, row in c.table(paper).items()}
     old = experiments.recorded("controls")
     experiments.prepare(args, table, old)
-    metrics = {"core.EV", "core.L0", "train_seconds"}.union(*(c.columns for c in CONTROLS.values()))
+    metrics = {"core.EV", "core.L0"}.union(*(c.columns for c in CONTROLS.values()))
     record = experiments.collect(table, old, sorted(metrics), numbers)
     common.write_json(experiments.RESULTS / "controls.json", record)
     experiments.fill("controls", lambda match: section(record))
@@ -201,4 +197,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.guard(main))

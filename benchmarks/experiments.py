@@ -146,11 +146,7 @@ def run(pairs, more="", workers=0):
         names = ",".join(dict.fromkeys([*before, *row.evals.split(",")]))
         jobs[row.folder(*job)] = dataclasses.replace(row, evals=names), job
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        try:
-            failed = list(pool.map(lambda job: one(*job, more), jobs.values())).count(False)
-        except KeyboardInterrupt:          # the running ones got it too: they save and stop
-            pool.shutdown(cancel_futures=True)
-            raise SystemExit(130) from None
+        failed = list(pool.map(lambda job: one(*job, more), jobs.values())).count(False)
     if failed:
         print(f"{failed} of {len(jobs)} runs failed; the same command goes on.")
 
@@ -210,16 +206,16 @@ COLUMNS = {
 
 
 def show(table, columns=()):
-    """A markdown table, mean ± sd over seeds; columns not named: those that have values. Seconds
+    """A markdown table, mean ± sd over seeds; columns: {name: metric} [those with values]. Seconds
     are the fastest seed's, since others may have shared the machine."""
     there = {metric for row in table.values() for metric in row["values"]}
-    columns = columns or [column for column, metric in COLUMNS.items() if metric in there]
+    columns = columns or {name: metric for name, metric in COLUMNS.items() if metric in there}
     lines = ["| row | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for label, row in table.items():
         cells = [label.removesuffix(" | layer 19").replace(" | ", ", "), str(len(row["seeds"]))]
-        for column in columns:
-            values = list(row["values"].get(COLUMNS[column], {}).values())
-            values = [min(values)] if values and column == "seconds" else values
+        for metric in columns.values():
+            values = list(row["values"].get(metric, {}).values())
+            values = [min(values)] if values and metric == "train_seconds" else values
             digits = 1 if values and abs(statistics.fmean(values)) >= 10 else 3
             cells.append(" ± ".join(f"{value:.{digits}f}" for value in mean_sd(values)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -233,10 +229,10 @@ def mean_sd(values):
 
 def fill(pattern, body):
     """In README.md, docs/ and benchmarks/README.md: what stands between a line `<!-- pattern -->`
-    and `<!-- end -->` (or `<!-- /controls -->`) becomes body(match)."""
+    and `<!-- end -->` becomes body(match)."""
     for page in (HERE / "README.md", HERE / "benchmarks/README.md", *HERE.glob("docs/*.md")):
         before = page.read_text()
-        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- (?:end|/controls) -->)",
+        after = re.sub(rf"(<!-- {pattern} -->\n)(?s:.*?)(?=<!-- end -->)",
                        lambda m: f"{m[1]}{body(m)}\n", before)
         if after != before:
             common.write_atomic(page, after)
@@ -246,7 +242,7 @@ def table_of(match):
     """`<!-- table SUITE: rows (an expression): columns -->` -> the recorded rows."""
     table = {key: row for key, row in recorded(match[2]).items()
              if re.match(rf"({match[3]}) \|", key)}
-    return show(table, match[4].split(", ")) if table else "not run"
+    return show(table, {c: COLUMNS[c] for c in match[4].split(", ")}) if table else "not run"
 
 
 def recorded(suite):
