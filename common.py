@@ -51,9 +51,7 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------
-# Basics
-# ---------------------------------------------------------------------------------------------
+# --- Basics ----------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -149,9 +147,7 @@ def load_tensors(path):
     return tensors, header["meta"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Configuration: a dataclass is the command line
-# ---------------------------------------------------------------------------------------------
+# --- Configuration: a dataclass is the command line ------------------------------------------
 
 # A field's type says which values it takes: kind, least, most, in words. Checked on the command
 # line and in saved runs. Steps: a number of optimiser steps, which the laptop preset scales.
@@ -404,9 +400,7 @@ def fast_process(device):
             torch.set_float32_matmul_precision("high")
 
 
-# ---------------------------------------------------------------------------------------------
-# Processes: data-parallel over text with torchrun; every function is the identity in one process
-# ---------------------------------------------------------------------------------------------
+# --- Processes: data-parallel over text with torchrun; every function is the identity in one process 
 
 
 def rank():
@@ -458,9 +452,7 @@ def compiled(losses, cfg):
     return torch.compile(losses) if cfg.compile else losses
 
 
-# ---------------------------------------------------------------------------------------------
-# TopK: of F features k are active, so only k rows of a matrix need to be read
-# ---------------------------------------------------------------------------------------------
+# --- TopK: of F features k are active, so only k rows of a matrix need to be read ------------
 
 # Smallest F / k at which reading k rows beats the dense product (2048 tokens, D = 576: 1.1 to 1.2
 # times as fast at 9 in fp32; in bf16 0.8 at 9, 1.0 at 18, 1.3 at 36). On a GPU not measured: from
@@ -529,9 +521,7 @@ def decode_topk(f, W, k):
     return decode_rows(f.gather(-1, index), index, W)
 
 
-# ---------------------------------------------------------------------------------------------
-# Language model
-# ---------------------------------------------------------------------------------------------
+# --- Language model --------------------------------------------------------------------------
 
 
 def pick_device(name="auto"):
@@ -577,9 +567,7 @@ def intervene(lm, layer, edit):
         yield
 
 
-# ---------------------------------------------------------------------------------------------
-# Activations: windows of text -> harvest -> cache -> buffer -> batches
-# ---------------------------------------------------------------------------------------------
+# --- Activations: windows of text -> harvest -> cache -> buffer -> batches -------------------
 
 SINK_RATIO = 10.0      # a token whose norm exceeds this many medians is an attention sink (~100)
 
@@ -813,9 +801,7 @@ class Activations:
             yield x.float(), mask
 
 
-# ---------------------------------------------------------------------------------------------
-# Run: log, checkpoint, exact resume, results
-# ---------------------------------------------------------------------------------------------
+# --- Run: log, checkpoint, exact resume, results ---------------------------------------------
 
 RUN_FILES = ("eval.json", "checkpoint.safetensors", "sae_weights.safetensors", "cfg.json",
              "timing.jsonl", "features.html", "position.json")   # and *.png
