@@ -400,7 +400,7 @@ def fast_process(device):
             torch.set_float32_matmul_precision("high")
 
 
-# --- Processes: data-parallel over text with torchrun; every function is the identity in one process 
+# --- Processes: data-parallel over text with torchrun; in one process every function is identity -
 
 
 def rank():
