@@ -87,17 +87,10 @@ def load(name, device, dtype):
 
 
 def pick_data(cfg):
-    """--data auto: the Pile in the paper preset where it can be had, else bundled; says why not."""
+    """--data auto: the Pile in the paper preset where the hub can be reached, else bundled."""
     if cfg.data != "auto":
         return cfg.data
-    if cfg.preset == "paper" and hub_reachable():
-        from data import texts
-        try:
-            next(texts.pile("heldout"))
-            return "pile"
-        except UserError as error:
-            say(f"data: {error} Taking the bundled corpus instead.")
-    return "bundled"
+    return "pile" if cfg.preset == "paper" and hub_reachable() else "bundled"
 
 
 def hub_reachable(seconds=5):

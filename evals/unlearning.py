@@ -18,7 +18,6 @@ instead of WMDP's questions, which small models cannot answer (those: evals/saeb
     most_active                  score over the features most often on in the forget text
     eligible_features            by threshold; an SAE that has none scores 0
 """
-import contextlib
 import functools
 import math
 import time
@@ -77,9 +76,8 @@ def domain_states(acts, corpus, domain):
 @torch.no_grad()
 def unlearn_pair(sae, acts, forget, retain):
     """Select and score on one pair of domains, each from domain_states -> dict."""
-    start, lm = time.perf_counter(), acts.lm
-    resume = resume_from(lm, acts.layer, *forget["score"][:2])
-    plain = [next_token(lm, resume, domain["score"]) for domain in (forget, retain)]
+    start = time.perf_counter()
+    plain = [next_token(acts, domain["score"]) for domain in (forget, retain)]
     on_forget, typical = activity(sae, *forget["select"])
     on_retain, _ = activity(sae, *retain["select"])
     gen = common.generator(acts.cfg.seed, "random-features")
@@ -93,7 +91,7 @@ def unlearn_pair(sae, acts, forget, retain):
         plans = dict.fromkeys(plans, [])                   # nothing to select, none to compare with
     rows = []
     for method, plan in plans.items():
-        tried = sweep(sae, lm, resume, plan, typical, forget["score"], retain["score"], plain)
+        tried = sweep(sae, acts, plan, typical, forget["score"], retain["score"], plain)
         every, even, odd = (                               # shares of both accuracies, by setting
             [tuple(accuracy(table[windows]) / max(accuracy(before[windows]), 1e-9)
                    for table, before in zip(tables, plain)) for _, *tables in tried]
@@ -134,7 +132,7 @@ def select_features(forget, retain, threshold, n):
     return forget.argsort(descending=True, stable=True)[:min(n, forget.count_nonzero())].tolist()
 
 
-def sweep(sae, lm, resume, plan, typical, forget, retain, plain):
+def sweep(sae, acts, plan, typical, forget, retain, plain):
     """Every setting of plan [(threshold, n, features)] and MULTIPLIERS that is worth trying ->
     [(setting, next_token's table of the forget text, that of the retain text)]."""
     tried, done = [], [[]]
@@ -144,11 +142,11 @@ def sweep(sae, lm, resume, plan, typical, forget, retain, plain):
         done.append(features)
         for multiplier in MULTIPLIERS:
             edit = functools.partial(clamp_edit, sae, features, multiplier * typical[features])
-            kept = next_token(lm, resume, retain, edit, plain[1])
+            kept = next_token(acts, retain, edit, plain[1])
             if accuracy(kept) < HOPELESS * accuracy(plain[1]):
                 break
             setting = dict(threshold=threshold, n=n, multiplier=multiplier, features=features)
-            tried.append((setting, next_token(lm, resume, forget, edit, plain[0]), kept))
+            tried.append((setting, next_token(acts, forget, edit, plain[0]), kept))
     return tried
 
 
@@ -181,33 +179,10 @@ def feature_edit(sae, change, mask=None, limit=math.inf):
     return edit
 
 
-def resume_from(lm, layer, tokens, h):
-    """A function h -> context in which the language model goes on from states h of block `layer`;
-    skips the blocks below, two thirds of a sweep, if `tokens` and their h give the same logits."""
-    @contextlib.contextmanager
-    def skip(h):
-        try:
-            for block in lm.blocks[:layer + 1]:
-                block.forward = lambda *args, **kwargs: h
-            yield
-        finally:
-            for block in lm.blocks[:layer + 1]:
-                del block.forward
-
-    def logits():
-        return lm.model(input_ids=tokens[:1], use_cache=False).logits
-    plain = logits()
-    failures = IndexError, RuntimeError, TypeError, ValueError            # blocks that give tuples
-    with contextlib.suppress(*failures), skip(h[:1]):
-        if (logits() - plain).abs().max() <= 1e-3 * plain.abs().max():
-            return skip
-    return lambda h: common.intervene(lm, layer, lambda _: h)
-
-
-def next_token(lm, resume, states, edit=None, before=None, batch=8):
+def next_token(acts, states, edit=None, before=None, batch=8):
     """A table (N, 2) fp64 by window: right next tokens and all; a scored one predicts a scored one.
     states: see domain_states; edit: mask -> edit of h; before: the table without it."""
-    tokens, h, mask = states
+    lm, (tokens, h, mask) = acts.lm, states
     table = torch.zeros(len(h), 2, dtype=torch.float64) if before is None else before.clone()
     for rows in torch.arange(len(h), device=h.device).split(batch):
         new = h[rows]
@@ -217,7 +192,7 @@ def next_token(lm, resume, states, edit=None, before=None, batch=8):
             rows, new = rows[changed], new[changed]
         if len(rows) == 0:                                 # nothing changed: the table stands
             continue
-        with resume(new):
+        with common.intervene(lm, acts.layer, lambda _: new):     # goes on from there
             logits = lm.model(input_ids=tokens[rows], use_cache=False).logits[:, :-1]
         source = F.pad(mask[rows], (1, 0))[:, :-1] & mask[rows]           # (b, T)
         right = (logits.argmax(-1) == tokens[rows, 1:]) & source
