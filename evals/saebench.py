@@ -83,8 +83,8 @@ def max_cosine(W, block=4096):
 
 
 class ForSAEBench(torch.nn.Module):
-    """This project's SAE as these two suites read one: encode ([N, D] or [B, L, D]), linear decode,
-    W_dec, device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
+    """This project's SAE as these two suites read one: encode (B, L, D), linear decode, W_dec,
+    device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
 
     A sequence is encoded in windows of T tokens from position 1; position 0 (BOS, an attention
     sink) has no feature. Weights stay in fp32; dtype is that of what encode and decode return.
@@ -101,8 +101,6 @@ class ForSAEBench(torch.nn.Module):
                                    architecture=type(sae).__name__, dtype="float32")
 
     def encode(self, x):
-        if x.dim() == 2:                                   # tokens on their own
-            return self.encode(F.pad(x[:, None], (0, 0, 1, 0)))[:, 1]     # (N, F)
         f = []
         for window in x[:, 1:].float().split(self.T, 1):                  # (B, <= T, D)
             norm = window.norm(dim=-1)
