@@ -7,6 +7,7 @@ common.py opens this file by name. A text belongs to one split, 'train' or 'held
 import hashlib
 import json
 import lzma
+import re
 from pathlib import Path
 
 import torch
@@ -60,11 +61,11 @@ def documents(data, split):
     return pile(split) if data == "pile" else local(Path(data), split)
 
 
-def bundled(name, split, domains=None):
-    """Documents of data/<name>.jsonl.xz in one split: list of dicts with text, domain, source."""
+def bundled(name, split=None, domains=None):
+    """Rows of data/<name>.jsonl.xz, of one split, of domains: dicts with text, split, domain ..."""
     with lzma.open(HERE / "data" / f"{name}.jsonl.xz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [r for r in rows if r["split"] == split and (domains is None or r["domain"] in domains)]
+        return [row for row in map(json.loads, file) if split in (None, row["split"])
+                and (domains is None or row["domain"] in domains)]
 
 
 def content(data):
@@ -89,11 +90,10 @@ def pile(split):
 
 
 def files_of(path):
-    if not path.exists():
-        raise UserError(f"--data {path} does not exist (known names: pile, shakespeare, bundled).")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f"--data {path} is no text file and no folder of text files.")
+    files = sorted(p for p in (path, *path.rglob("*")) if p.is_file())
+    if not files:
+        raise UserError(f"--data {path} is no text file and no folder of text files (known names: "
+                        "pile, shakespeare, bundled).")
     return files
 
 
@@ -111,11 +111,7 @@ def local(path, split):
                 continue
             raise UserError(f"--data {file} is not UTF-8 text.") from None
         for text in jsonl_texts(file, raw) if file.suffix == ".jsonl" else [raw]:
-            texts.append("")
-            for line in text.splitlines(keepends=True):
-                texts[-1] += line
-                if len(texts[-1]) >= PIECE:
-                    texts.append("")
+            texts += re.findall(rf"(?s).{{{PIECE},}}?\n|.+", text)
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"--data {path} holds no text.")

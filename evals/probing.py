@@ -21,8 +21,6 @@ for the next SAE of the layer; the probes take about 1 s a task.
 import contextlib
 import functools
 import hashlib
-import json
-import lzma
 import math
 import warnings
 from pathlib import Path
@@ -32,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import texts
 from evals import run_eval
 
 NEEDS_TEXT = True                       # --model synthetic is refused before training
@@ -54,10 +53,8 @@ def evaluate(sae, acts, folder=None):
 def load_texts():
     """Rows of the bundled probe sets, at most TEXTS a task: dicts with "task", "split", "text" and
     "label" or, for a task about tokens, "spans" of characters [[start, end], ...]."""
-    with lzma.open(common.HERE / "data" / "probes.jsonl.xz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     groups, chosen = {}, []
-    for row in rows:
+    for row in texts.bundled("probes"):
         labels = groups.setdefault((row["task"], row["split"]), {})
         labels.setdefault(row.get("label"), []).append(row)
     for (task, split), labels in groups.items():

@@ -83,8 +83,8 @@ def max_cosine(W, block=4096):
 
 
 class ForSAEBench(torch.nn.Module):
-    """This project's SAE as sae-bench expects one: encode ([N, D] or [B, L, D]), linear decode,
-    weights, device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
+    """This project's SAE as these two suites read one: encode (B, L, D), linear decode, W_dec,
+    device, dtype and cfg. Features are in raw units, as SAEBench's multipliers are.
 
     A sequence is encoded in windows of T tokens from position 1; position 0 (BOS, an attention
     sink) has no feature. Weights stay in fp32; dtype is that of what encode and decode return.
@@ -101,8 +101,6 @@ class ForSAEBench(torch.nn.Module):
                                    architecture=type(sae).__name__, dtype="float32")
 
     def encode(self, x):
-        if x.dim() == 2:                                   # tokens on their own
-            return self.encode(F.pad(x[:, None], (0, 0, 1, 0)))[:, 1]     # (N, F)
         f = []
         for window in x[:, 1:].float().split(self.T, 1):                  # (B, <= T, D)
             norm = window.norm(dim=-1)
@@ -112,9 +110,6 @@ class ForSAEBench(torch.nn.Module):
     def decode(self, f):
         return self.sae.decode(f.float() / self.scale).to(self.dtype)
 
-    def forward(self, x):
-        return self.decode(self.encode(x))
-
     def to(self, device=None, dtype=None):
         self.device, self.dtype = device or self.device, dtype or self.dtype
         self.cfg.dtype = str(self.dtype)[6:]
@@ -122,10 +117,6 @@ class ForSAEBench(torch.nn.Module):
         return self
 
     W_dec = property(lambda self: self.sae.W_dec.detach().to(self.dtype))
-    b_enc = property(lambda self: self.sae.b_enc.detach().to(self.dtype) * self.scale)
-    b_dec = property(lambda self: self.sae.b_dec.detach().to(self.dtype) * self.scale)
-    W_enc = property(lambda self: self.sae.W_enc.detach().unflatten(0, (-1, self.cfg.d_in)).sum(0)
-                     .to(self.dtype))       # an encoder may read K copies side by side: their sum
 
 
 def run_suite(suite, sae, acts, folder):
@@ -156,11 +147,6 @@ def run_suite(suite, sae, acts, folder):
         why = f"{type(error).__name__}: {common.one_line(error)}"
         return {"skipped": [f"SAEBench's {suite}: {why}"]}
     groups = found.popitem()[1]["eval_result_metrics"]
-    if suite == "unlearning":      # questions of each set that the model answers rightly
-        asked = (kept / "unlearning" / model / "data/question_ids/all").glob("*_correct.csv")
-        counts = {file.stem.removesuffix("_correct"): len(file.read_text().split())
-                  for file in asked}
-        groups["questions"] = {"questions": counts}
     return {metric: value for group in groups.values() for metric, value in group.items()
             if value is not None}
 
