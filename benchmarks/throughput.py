@@ -250,6 +250,7 @@ def arguments(doc):
 def record(args, name, table):
     """Write a table to <out>/<name>.json and print it."""
     table = {**table, "repeats": args.repeats, "versions": common.versions()}
+    args.out.mkdir(parents=True, exist_ok=True)
     common.write_json(args.out / f"{name}.json", table)
     print(markdown(table))
 

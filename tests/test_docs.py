@@ -16,7 +16,7 @@ from tests.helpers import HERE, SAES, SCRIPTS, configured, folder
 
 BOUNDS = {"tsae.py": 380, "temporal_lens.py": 400, "mtsae.py": 500, "hierarchical_sae.py": 580,
           "common.py": 1100, "test_all.py": 80, "evals/*.py": 250}         # lines of one file
-TOGETHER = {"tests/*.py": 2430, "benchmarks/*.py": 1900, "*.py": 9751}    # * takes / as well
+TOGETHER = {"tests/*.py": 2500, "benchmarks/*.py": 1900, "*.py": 9000}    # * takes / as well
 DOWN = {"common": (), "scripts": ("common",), "data": ("common", "data"), "docs": (),
         "evals": ("common", "data", "evals"),
         "benchmarks": ("common", "data", "evals", "scripts", "benchmarks")}
