@@ -215,8 +215,12 @@ def asked(claims):
 
 
 def values(table, item, metric=""):
-    """An item's values, one a seed; [] if no run has them."""
+    """An item's values, one a seed; [] before all seeds of its runs are there."""
     keys, sign, metric = parse(item, metric)
+    for name, layer in (key.split(" | layer ") for key in keys if key.split(" | ")[0] in RUNS):
+        wanted = {str(seed) for at, seed in RUNS[name].jobs() if at == int(layer)}
+        if wanted - set(table.get(f"{name} | layer {layer}", {}).get("seeds", ())):
+            return []
     found = [table.get(key, {}).get("values", {}).get(metric, {}) for key in keys]
     both = [(a, found[-1][seed]) for seed, a in found[0].items() if seed in found[-1]]
     return [a if not sign else a - b if sign == "-" else a / b - 1

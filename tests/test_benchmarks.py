@@ -80,6 +80,10 @@ def test_claims_verdicts_and_page_follow_from_the_numbers():
                                 low=0, high=2, untestable="")
     with replaced(claims, "values", lambda table, item, metric: [1.0 if item == "A" else 9.0] * 3):
         assert claims.judge(two, {})["verdict"] == "depends on the reading"
+    for seeds in ("42",), ("42", "43", "44"):              # no verdict before all seeds are there
+        row = {"seeds": dict.fromkeys(seeds), "values": {"core.EV": dict.fromkeys(seeds, 0.5)}}
+        want = [0.5] * 3 if len(seeds) == 3 else []
+        assert claims.values({"A | layer 19": row}, "A", "core.EV") == want
 
 
 def test_throughput_of_random_gemma_as_a_toy():
