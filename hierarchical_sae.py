@@ -33,7 +33,7 @@ Paper -> code
     Sec. 1, 5.1     HierarchicalSAE.predict         GRU: feature tracking, evolution prediction
     Eq. 3-5, 11-13  update_margin                   dynamic margin (printed twice in the paper)
     Eq. 6, 14       update_attribution              attribution, from the backward pass
-    Eq. 7, 8, 15, 16   losses, adversarial_loss     lambda_adv; the total
+    Eq. 7, 8, 15, 16   adversarial_loss, losses     lambda_adv; the total
     Sec. 5.2, 6.1   update_monitor, level_metrics   EMA of feature statistics; each level's
 
 What the paper leaves open; each is argued at the line that settles it: grep -n "open B.gate" *.py
@@ -77,7 +77,7 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------
-# open B.variants: Sec. 6.3 has a line for each / here the part it names; "increased": 10 times
+# open B.variants: Sec. 6.3 has a line for each / here that part; "increased" orthogonality: x 10
 # open B.size: not given / here F = D, as in paper A / --expansion
 
 VARIANTS = {  # Sec. 6.3: parts of each variant; orthogonality: its weight, not tuned
@@ -392,7 +392,7 @@ def adversarial_loss(sae, f, mask, cfg):
         above = A > torch.quantile(A, cfg.percentile)                     # Sec. 4.3
         a = A * above
         L_adv = L_adv + sae.parts["orthogonality"] * (a * F.relu(s).square()).sum()
-        # open B.spurious: no formula / here, as the letter A says, the mean of a_i above the
+        # open B.spurious: no formula / here, as its letter says, the mean of A_i above the
         #   percentile; "similarity": that of s_i weighted by a_i (of rows: below 0.5) / --spurious
         A_spurious = a.sum() / above.sum().clamp(min=1)
         if cfg.spurious == "similarity":

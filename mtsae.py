@@ -207,7 +207,7 @@ class MTSAE(nn.Module):
         if self.cfg.variant == "unlearning":
             # Eq. D.2 (Sec. 4): z_k = LayerNorm(C_{r_k}(h))
             return torch.cat([norm(c) for norm, c in zip(self.ln, conv)], -1)   # [z_1; ...; z_K]
-        # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}; A is what pad returns
+        # Eq. A.3 (Sec. 4.1): h_i = Conv_i(A, r_i) + A, r_i in {1, 4, 16}; A: token, from pad
         h = [c + token for c in conv]
         # open A.bn: "residual connection (+A) and subsequent batch normalization", h "the averaged
         #   output from the temporal processing stage" / here in that order / --batch_norm average
@@ -311,7 +311,7 @@ def losses(sae, x, mask, n, step, cfg):   # DIFFERS FROM tsae.py:losses - terms;
         dot, norm = (f[:, 1:] * f[:, :-1]).sum(-1), f.norm(dim=-1)        # (B, T - 1), (B, T)
         cosine = dot / (norm[:, 1:] * norm[:, :-1]).clamp(min=1e-8)       # 0 where nothing is on
         terms["coherence"] = -cfg.coherence * (cosine * neighbours(mask)).sum() / pairs
-    if cfg.variant == "unlearning" and cfg.separation:
+    if cfg.variant == "unlearning" and cfg.separation:                    # Eq. D.4: λ_2 Σ ...
         z = [F.normalize(z_k, dim=-1) for z_k in h.split(x.shape[-1], -1)]   # K times (B, T, D)
         cosine = sum(F.relu((a * b).sum(-1)) for a, b in itertools.combinations(z, 2))   # (B, T)
         mean = cosine / max(1, math.comb(len(z), 2))                      # i < j for i ≠ j

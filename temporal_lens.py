@@ -20,7 +20,7 @@ Notation (paper -> code)
     f_t in R^k      feature activations (the code)        f          (B, T, F)
     h_hat_t         reconstruction                        x_hat      (B, T, D)
     m_t, alpha_t    position mask and its logits          m, alpha   (T, F)
-    w_t             weight of position t in the loss      sae.position_weights()   (T,)
+    w_t             weight of position t in the loss      sae.position_weights() (T,) of error_ema
     B sequences, T tokens, D model width, F features; "scored" tokens are those with mask = True
     (mask (B, T) has nothing to do with the paper's mask m).
 
@@ -125,7 +125,7 @@ LAPTOP = dict(tokens=131_072, heldout_tokens=16_384, steps=2500, batch_size=4, m
 PAPER = {"positions.no_sink.early_error": "-15 % (Abstract)",
          "positions.features_off": "0.73 (Abstract)", "positions.mean_mask": "0.73 (Abstract)",
          "positions.weight_difficulty_r": "0.82 (Sec. 1)",
-         "positions.span": "L5 16, L12 32-48, L19 64 (6.3)"}
+         "positions.span": "L5 16, L12 32-48, L19 64 (Sec. 6.3)"}
 HISTORY = 100         # rows kept of the position weights over training
 
 # ---------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ Paper -> code
     Sec. 3.1, 4.1   lag_weights, temporal_loss      three scales of lags, in closed form
     Eq. 3           variance_weights                feature-wise weights from window variances
     Eq. 4           recon_boost                     reconstruction boost 2 -> 1
-    Sec. 4.2        temporal_ramp, add_gradient_noise, train
-    Sec. 4.3        TSAE.blend, TSAE.update_buffer, TSAE.encode
+    Sec. 4.2        temporal_ramp, add_gradient_noise, train   progressive training
+    Sec. 4.3        TSAE.blend, TSAE.update_buffer, TSAE.encode   buffers, LayerNorm
     Sec. 5.3        transitions                     activation variance and transition patterns
 
 What the paper leaves open; each is argued at the line that settles it: grep -n "open C.norm" *.py
@@ -230,6 +230,7 @@ def lag_weights(T, cfg, device=None):
     """Weight of the pair (t, u) by its lag |t - u|: symmetric Toeplitz (T, T), 0 diagonal."""
     # Sec. 3.1, 4.1: L_short, L_medium, L_long = Σ_i ||h_{t+i} - h_t||^2, i = 1..3, 4..15, 16..127
     # open C.lags: the text says 1-4, 5-16, 17-128 / here as summed: 127 is the largest lag there is
+    # λ_base: cfg.lambda_short, _medium, _long
     # open C.reduction: no average stated / here none / --lag_reduction mean, 13 times weaker
     lag, weight = torch.arange(T, device=device), torch.zeros(T, device=device)
     scales = (1, 3, cfg.lambda_short), (4, 15, cfg.lambda_medium), (16, 127, cfg.lambda_long)
@@ -263,7 +264,7 @@ def variance_weights(f, mask, cfg):
     """Feature weights of Eq. 3 in each window: code (B, T, F), mask (B, T) -> (B, 1, F)."""
     if cfg.variance_weights == "off":
         return torch.ones_like(f[:, :1])
-    # Eq. 3 (Sec. 4.1): λ_i = σ_i²/Σ_j σ_j² λ_base, here the fraction; λ_base is in lag_weights
+    # Eq. 3 (Sec. 4.1): λ_i = σ_i²/Σ_j σ_j² λ_base, the fraction; λ_base: see lag_weights
     # open C.variance: of which code / here as encoded / mixed with the buffers it has 0.56 of this
     #   variance, and of features at 0.0135 the threshold would exclude 89 instead of 5 %
     variance = window_mean((f - window_mean(f, mask)).square(), mask)
